@@ -1,0 +1,81 @@
+"""What this device has: read from the machine, capped by its settings."""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+from pathlib import Path
+
+import msgspec
+
+from slmops.agent.identity import DeviceConfig, machine_arch
+from slmops.agent.store.files import free_bytes
+from slmops.agent.store.layout import Layout
+from slmops.core.device.profile import BUILTIN_PROFILES, DeviceFacts, DeviceProfile, MeasuredSpeed
+from slmops.core.errors import SlmopsError
+from slmops.protocol.messages import Bench, Facts
+from slmops.runtimes import load, names
+
+#: free disk is reported again only when it moved by this much
+_DISK_STEP_BYTES = 64 << 20
+
+
+def read_facts(layout: Layout, config: DeviceConfig, limits: dict[str, str] | None = None) -> Facts:
+    """This device's facts now."""
+    return Facts(
+        arch=machine_arch(),
+        cores=os.cpu_count() or 1,
+        ram_limit_bytes=config.ram_limit_bytes or memory_limit_bytes(),
+        disk_free_bytes=free_bytes(layout.root) // _DISK_STEP_BYTES * _DISK_STEP_BYTES,
+        runtimes=installed_runtimes(config.runtime_override),
+        agent_version=metadata.version("slmops"),
+        limits=limits or {},
+        bench=read_bench(layout),
+    )
+
+
+def device_facts(facts: Facts) -> DeviceFacts:
+    """The same, as the fit wants it."""
+    bench = facts.bench
+    speed = MeasuredSpeed(bench.weights_bytes, bench.decode_tps, bench.prefill_tps, bench.parameters) if bench is not None else None
+    return DeviceFacts(facts.ram_limit_bytes, facts.disk_free_bytes, facts.runtimes, facts.cores, speed)
+
+
+def profile_of(name: str, facts: Facts) -> DeviceProfile:
+    """The named profile; for one that this version does not know, a cautious guess from the facts."""
+    known = BUILTIN_PROFILES.get(name)
+    if known is not None:
+        return known
+    return DeviceProfile(name, facts.arch, facts.ram_limit_bytes, max(facts.disk_free_bytes, 1), facts.cores, 4_000_000_000, 20_000_000_000)
+
+
+def installed_runtimes(override: str = "") -> dict[str, str]:
+    """Engines that can be started here, with their versions."""
+    found: dict[str, str] = {}
+    for name in names():
+        try:
+            found[name] = load(name).version()
+        except SlmopsError:
+            continue
+    if override and not found:
+        found["llama.cpp"] = "override"
+    return found
+
+
+def memory_limit_bytes() -> int:
+    """Memory of this machine, or of the cgroup that this process is in when that is smaller."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            return min(physical, int(Path(path).read_text(encoding="ascii").strip()))
+        except (OSError, ValueError):
+            continue
+    return physical
+
+
+def read_bench(layout: Layout) -> Bench | None:
+    """The device's last bench; None when it has none."""
+    try:
+        return msgspec.json.decode(layout.bench.read_bytes(), type=Bench)
+    except (FileNotFoundError, msgspec.MsgspecError):
+        return None

@@ -1,0 +1,130 @@
+"""Running golden packs on this device's engine: rendering, tokenising and scoring happen here, judging in the core."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from slmops.agent.serving import Backend
+from slmops.agent.store.artifacts import ArtifactStore
+from slmops.agent.store.slots import Baseline, Slot
+from slmops.artifact.manifest import GoldenExpectations, GoldenPack, GoldenPrompt, decode, golden_tokens_digest
+from slmops.core.device.machine import Failure
+from slmops.core.errors import SlmopsError
+from slmops.core.evidence.golden import (
+    OwnResult,
+    PairedResult,
+    PromptExpectation,
+    PromptScore,
+    judge_own,
+    judge_paired,
+    keeps_answers,
+)
+from slmops.protocol.messages import GoldenReport
+from slmops.runtimes import Engine
+
+#: longest that one prompt may take before the engine counts as hung, seconds
+PROMPT_TIMEOUT_S = 180.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """A golden pack with the expectations of the variant in a slot."""
+
+    sha256: str
+    pack: GoldenPack
+    expectations: tuple[PromptExpectation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ProbationResult:
+    """What the golden packs said of a candidate.
+
+    Attributes:
+        report: the numbers, for the control plane.
+        baseline: what the candidate kept of its own pack: the floor for the release after it.
+        failure: None when it passed.
+    """
+
+    report: GoldenReport
+    baseline: dict[str, bool]
+    failure: Failure | None
+
+
+def load_pack(store: ArtifactStore, slot: Slot) -> Pack:
+    """Read a slot's pack and expectations, re-hashed from disk."""
+    sha256 = slot.digest_of("golden-pack")
+    pack = decode(store.read_blob(sha256), GoldenPack)
+    expected = decode(store.read_blob(slot.digest_of("golden-expectations")), GoldenExpectations)
+    return Pack(
+        sha256,
+        pack,
+        tuple(PromptExpectation(e.id, e.tokens_sha256, e.reference_logprob, e.tolerance, e.floor) for e in expected.expectations),
+    )
+
+
+async def score_pack(engine: Engine, pack: GoldenPack) -> dict[str, PromptScore]:
+    """Score every prompt of a pack: mean log-probability of its answer under this engine, teacher-forced."""
+    return {prompt.id: await _score_prompt(engine, prompt) for prompt in pack.prompts}
+
+
+async def _score_prompt(engine: Engine, prompt: GoldenPrompt) -> PromptScore:
+    async def score() -> PromptScore:
+        messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
+        asked = await engine.apply_template(messages)
+        answer = await engine.tokenize(prompt.answer, add_special=False, parse_special=False)
+        tokens = [*asked, *answer]
+        result = await engine.score(tokens, start=len(asked))
+        return PromptScore(golden_tokens_digest(tokens), -result.mean_nll)
+
+    try:
+        return await asyncio.wait_for(score(), PROMPT_TIMEOUT_S)
+    except (asyncio.TimeoutError, SlmopsError):
+        return PromptScore("", None)
+
+
+async def run_probation_packs(
+    candidate: Backend, own: Pack, committed: Pack | None, baseline: Baseline | None, old: Backend | None
+) -> ProbationResult:
+    """Let a candidate prove itself by its own pack and by the committed release's.
+
+    Args:
+        candidate: the engine on trial.
+        own: the candidate's pack.
+        committed: the pack of the release that this device has proved; None on a device without one.
+        baseline: what that release kept of its pack when it committed.
+        old: its engine, asked only when there is no baseline.
+    """
+    scores = await score_pack(candidate.engine, own.pack)
+    own_result = judge_own(own.expectations, scores)
+    paired: PairedResult | None = None
+    if committed is not None:
+        kept_before = dict(baseline.kept) if baseline is not None else {}
+        if not kept_before and old is not None:
+            kept_before = keeps_answers(committed.expectations, await score_pack(old.engine, committed.pack))
+        same = committed.sha256 == own.sha256
+        new_scores = scores if same else await score_pack(candidate.engine, committed.pack)
+        paired = judge_paired(kept_before, keeps_answers(committed.expectations, new_scores), committed.pack.max_drop_ratio)
+    report = _report(own_result, paired)
+    return ProbationResult(report, keeps_answers(own.expectations, scores), _failure(own_result, paired))
+
+
+def _report(own: OwnResult, paired: PairedResult | None) -> GoldenReport:
+    if paired is None:
+        return GoldenReport(own.passed, len(own.problems))
+    counts = paired.counts
+    return GoldenReport(own.passed, len(own.problems), counts.both, counts.only_old, counts.only_new, counts.neither, paired.lost)
+
+
+def _failure(own: OwnResult, paired: PairedResult | None) -> Failure | None:
+    """The committed release's verdict comes first: it is the one that a bad release cannot write itself."""
+    if paired is not None and not paired.ok:
+        counts = paired.counts
+        detail = (
+            f"the committed release's golden pack refuses it: {counts.only_old} of {counts.n} answers lost "
+            f"({', '.join(paired.lost[:5])}), {paired.max_drop_ratio:.0%} allowed"
+        )
+        return Failure("content", "golden.committed_pack", detail)
+    if not own.ok:
+        return Failure("content", "golden.own_pack", f"its own golden pack fails: {'; '.join(own.problems[:3]) or 'no prompts'}")
+    return None

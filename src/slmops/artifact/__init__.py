@@ -1,0 +1,1 @@
+"""Bytes and their names, without IO: GGUF layout, chunk maps, manifests, golden packs, signatures."""

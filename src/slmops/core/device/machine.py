@@ -1,0 +1,550 @@
+"""The device machine: how one device goes from the assignment it runs to the one it should run.
+
+Everything that may change a device's state lives in this file, as ``step(state, event) -> (state,
+commands)``. The shell (``agent/loop.py``) persists the new state *before* it acts on the commands, so after a
+power cut the journal names work that may have been done already: every command must be safe to repeat.
+
+Theory of operation
+-------------------
+A device rests in one of four phases: ``idle`` (never ran anything), ``committed`` (runs what it proved),
+``reverted`` (went back to what it had proved before) and ``safe_fallback`` (could not even go back). An offer
+moves it through admission, download, verification and staging; none of these touches what is being served.
+``activating`` loads the candidate into the other slot and flips the pointer; ``probation`` lets it prove
+itself with the golden packs of its own and of the committed release. Only then does the device commit.
+
+Failures carry a cause: *content* (the release is bad: its digest is quarantined and never tried again) or
+*environment* (disk, network, power: the same release may be offered again).
+
+After a start (:class:`Booted`) the machine resumes by phase. The one question that it cannot answer from the
+journal is whether the pointer was flipped before the power went; the shell reads the pointer and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Literal
+
+from slmops.core.errors import BugError
+
+#: starts that a candidate gets in probation before it is taken for one that crashes the device
+MAX_PROBATION_STARTS = 3
+#: accepted transitions of one update; a cycle that needs more is a loop, and loops end in a revert
+MAX_STEPS = 40
+
+Cause = Literal["content", "environment", "operator"]
+SlotName = Literal["a", "b"]
+
+
+class Phase(str, Enum):
+    """Where the device is."""
+
+    IDLE = "idle"
+    ADMISSION = "admission"
+    DOWNLOADING = "downloading"
+    VERIFYING = "verifying"
+    STAGED = "staged"
+    ACTIVATING = "activating"
+    PROBATION = "probation"
+    COMMITTED = "committed"
+    REVERTING = "reverting"
+    REVERTED = "reverted"
+    SAFE_FALLBACK = "safe_fallback"
+
+
+RESTING = frozenset({Phase.IDLE, Phase.COMMITTED, Phase.REVERTED, Phase.SAFE_FALLBACK})
+#: phases in which nothing that serves has been touched: a withdrawal simply forgets the candidate
+BEFORE_ACTIVATION = frozenset({Phase.ADMISSION, Phase.DOWNLOADING, Phase.VERIFYING, Phase.STAGED})
+IN_TRIAL = frozenset({Phase.ACTIVATING, Phase.PROBATION})
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a device runs or should run, by name.
+
+    Attributes:
+        assignment_digest: digest of release, variant, adapters, prompts, serving settings and golden
+            expectations.
+        release_digest: the release's identity.
+        release_seq: signed order of releases.
+        rollout_id: the rollout that offered it; empty when an operator imported it.
+        generation: the server's generation for this device when it was offered.
+    """
+
+    assignment_digest: str
+    release_digest: str
+    release_seq: int
+    rollout_id: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why the last candidate did not make it."""
+
+    cause: Cause
+    code: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the last offer ended; reported until the server has acknowledged it."""
+
+    assignment_digest: str
+    rollout_id: str
+    generation: int
+    status: Literal["committed", "reverted", "refused", "failed", "withdrawn", "fallback"]
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """Everything that the machine knows; this, as JSON, is the journal.
+
+    Attributes:
+        phase: where the device is.
+        generation: highest server generation that was acted upon.
+        committed: what the device has proved and serves; ``committed_slot`` is where it lies.
+        previous: what it ran before, kept in the other slot for an offline revert.
+        candidate: what it is moving to; ``candidate_slot`` is where that goes.
+        resting: the phase to fall back to when a candidate is dropped before activation.
+        probation_starts: times the candidate was started in probation.
+        steps: accepted transitions of this update, for :data:`MAX_STEPS`.
+        quarantine: assignment digests that failed by content here.
+        highest_release_seq: the largest ``release_seq`` committed, against downgrades.
+        failure: why the device is reverting.
+        outcome: how the last offer ended.
+    """
+
+    phase: Phase = Phase.IDLE
+    generation: int = 0
+    committed: Target | None = None
+    committed_slot: SlotName | None = None
+    previous: Target | None = None
+    candidate: Target | None = None
+    resting: Phase = Phase.IDLE
+    probation_starts: int = 0
+    steps: int = 0
+    quarantine: tuple[str, ...] = ()
+    highest_release_seq: int = 0
+    failure: Failure | None = None
+    outcome: Outcome | None = None
+
+    @property
+    def candidate_slot(self) -> SlotName:
+        """The slot that the committed release does not occupy."""
+        return "b" if self.committed_slot == "a" else "a"
+
+
+# ---- events ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """The server assigned something; ``downgrade_granted`` when a signed grant allows a lower release_seq."""
+
+    target: Target
+    downgrade_granted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """The candidate fits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The candidate does not fit; the reasons carry the numbers."""
+
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """All bytes of the candidate are on disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """All files of the candidate were re-hashed."""
+
+
+@dataclass(frozen=True, slots=True)
+class WindowOpened:
+    """The activation window is open and consent is given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Activated:
+    """The candidate's engine is up and the pointer names its slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proved:
+    """Probation passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The current work failed for good (the shell has used up its retries)."""
+
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """The revert is done: the pointer names the target slot and its engine serves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """The server stopped offering this candidate."""
+
+    assignment_digest: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class RevertOrdered:
+    """The server or an operator at the device wants the previous release back.
+
+    Attributes:
+        assignment_digest: what must be running for the order to apply; empty for "whatever runs".
+        generation: the server's generation; 0 for an order given at the device.
+    """
+
+    assignment_digest: str = ""
+    generation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Booted:
+    """The agent started; ``pointer`` is the slot that the pointer file names."""
+
+    pointer: SlotName | None
+
+
+Event = (
+    Offered
+    | Admitted
+    | Refused
+    | Fetched
+    | Verified
+    | WindowOpened
+    | Activated
+    | Proved
+    | Failed
+    | Restored
+    | Withdrawn
+    | RevertOrdered
+    | Booted
+)
+
+
+# ---- commands --------------------------------------------------------------------------------------------
+
+
+class Command(str, Enum):
+    """What the shell must do next. All are safe to repeat."""
+
+    SERVE_COMMITTED = "serve_committed"
+    CHECK_ADMISSION = "check_admission"
+    FETCH = "fetch"
+    VERIFY = "verify"
+    AWAIT_WINDOW = "await_window"
+    ACTIVATE = "activate"
+    RUN_PROBATION = "run_probation"
+    FINISH_COMMIT = (
+        "finish_commit"  # route all traffic to the committed slot, stop the old engine, collect garbage
+    )
+    REVERT = "revert"  # pointer and engine back to the committed slot
+    SERVE_FALLBACK = "serve_fallback"  # nothing proved is left: answer "no model" rather than garbage
+    DISCARD_CANDIDATE = "discard_candidate"
+    REPORT = "report"
+
+
+Commands = tuple[Command, ...]
+Step = tuple[DeviceState, Commands]
+
+_ENTER: dict[Phase, Command] = {
+    Phase.ADMISSION: Command.CHECK_ADMISSION,
+    Phase.DOWNLOADING: Command.FETCH,
+    Phase.VERIFYING: Command.VERIFY,
+    Phase.STAGED: Command.AWAIT_WINDOW,
+    Phase.ACTIVATING: Command.ACTIVATE,
+    Phase.PROBATION: Command.RUN_PROBATION,
+    Phase.COMMITTED: Command.FINISH_COMMIT,
+    Phase.REVERTING: Command.REVERT,
+    Phase.SAFE_FALLBACK: Command.SERVE_FALLBACK,
+}
+
+
+def _outcome(
+    state: DeviceState,
+    status: Literal["reverted", "refused", "failed", "withdrawn", "fallback"],
+    failure: Failure | None,
+) -> Outcome:
+    target = state.candidate
+    if target is None:
+        raise BugError(f"no candidate to report in phase {state.phase.value}")
+    return Outcome(target.assignment_digest, target.rollout_id, target.generation, status, failure)
+
+
+def _go(state: DeviceState, phase: Phase) -> Step:
+    """Move forward to a phase, unless this update has used up its steps.
+
+    Before activation nothing of the candidate has run, so a loop there is the environment's (power cuts).
+    """
+    if state.steps >= MAX_STEPS:
+        cause: Cause = "environment" if state.phase in BEFORE_ACTIVATION else "content"
+        return _fail(state, Failure(cause, "device.loop", f"update did not settle within {MAX_STEPS} steps"))
+    return replace(state, phase=phase, steps=state.steps + 1), (_ENTER[phase],)
+
+
+def _drop(
+    state: DeviceState, status: Literal["refused", "failed", "withdrawn"], failure: Failure | None
+) -> Step:
+    """Forget a candidate that was never activated: what serves was not touched."""
+    quarantine = state.quarantine
+    if failure is not None and failure.cause == "content" and state.candidate is not None:
+        quarantine = _quarantined(quarantine, state.candidate.assignment_digest)
+    settled = replace(
+        state,
+        phase=state.resting,
+        candidate=None,
+        steps=0,
+        probation_starts=0,
+        quarantine=quarantine,
+        outcome=_outcome(state, status, failure),
+    )
+    return settled, (Command.DISCARD_CANDIDATE, Command.REPORT)
+
+
+def _revert(state: DeviceState, failure: Failure) -> Step:
+    """Start to go back; reverting is never stopped by the step cap."""
+    return replace(state, phase=Phase.REVERTING, failure=failure, steps=state.steps + 1), (Command.REVERT,)
+
+
+def _fail(state: DeviceState, failure: Failure) -> Step:
+    return _drop(state, "failed", failure) if state.phase in BEFORE_ACTIVATION else _revert(state, failure)
+
+
+def _quarantined(quarantine: tuple[str, ...], digest: str) -> tuple[str, ...]:
+    return quarantine if digest in quarantine else (*quarantine, digest)[-64:]
+
+
+# ---- one function for each event -------------------------------------------------------------------------
+
+
+def _on_offered(state: DeviceState, event: Offered) -> Step:
+    target = event.target
+    if state.phase not in RESTING and state.phase not in BEFORE_ACTIVATION:
+        return state, ()  # in trial or reverting: the server repeats the offer when we report that we rest
+    if target.generation <= state.generation and not _same_as_resting(state, target):
+        return state, ()  # late or repeated
+    state = replace(state, generation=max(state.generation, target.generation))
+    if state.phase in BEFORE_ACTIVATION:
+        if state.candidate is not None and state.candidate.assignment_digest == target.assignment_digest:
+            return replace(state, candidate=target), ()  # same thing under a newer generation: go on
+        state = replace(state, phase=state.resting, candidate=None, steps=0)
+    if state.committed is not None and state.committed.assignment_digest == target.assignment_digest:
+        done = Outcome(target.assignment_digest, target.rollout_id, target.generation, "committed")
+        return replace(state, committed=target, outcome=done), (Command.REPORT,)
+    state = replace(
+        state, resting=state.phase, candidate=target, steps=0, probation_starts=0, failure=None, outcome=None
+    )
+    if target.assignment_digest in state.quarantine:
+        detail = "this exact assignment failed here before and is quarantined"
+        return _drop(state, "refused", Failure("content", "device.quarantined", detail))
+    if target.release_seq < state.highest_release_seq and not event.downgrade_granted:
+        detail = (
+            f"release_seq {target.release_seq} is below {state.highest_release_seq}, and no grant was given"
+        )
+        return _drop(state, "refused", Failure("environment", "trust.downgrade", detail))
+    return _go(state, Phase.ADMISSION)
+
+
+def _same_as_resting(state: DeviceState, target: Target) -> bool:
+    """The first offer after enrolment may carry generation 0."""
+    return (
+        state.phase is Phase.IDLE
+        and state.candidate is None
+        and state.generation == 0
+        and target.generation == 0
+    )
+
+
+def _on_admitted(state: DeviceState, _: Admitted) -> Step:
+    return _go(state, Phase.DOWNLOADING)
+
+
+def _on_refused(state: DeviceState, event: Refused) -> Step:
+    return _drop(state, "refused", Failure("environment", "device.does_not_fit", "; ".join(event.reasons)))
+
+
+def _on_fetched(state: DeviceState, _: Fetched) -> Step:
+    return _go(state, Phase.VERIFYING)
+
+
+def _on_verified(state: DeviceState, _: Verified) -> Step:
+    return _go(state, Phase.STAGED)
+
+
+def _on_window(state: DeviceState, _: WindowOpened) -> Step:
+    # The candidate's manifest is about to take the other slot: what lay there can no longer be gone back to.
+    return _go(replace(state, previous=None), Phase.ACTIVATING)
+
+
+def _on_activated(state: DeviceState, _: Activated) -> Step:
+    return _go(replace(state, probation_starts=1), Phase.PROBATION)
+
+
+def _on_proved(state: DeviceState, _: Proved) -> Step:
+    target = state.candidate
+    if target is None:
+        raise BugError("probation without a candidate")
+    committed = replace(
+        state,
+        phase=Phase.COMMITTED,
+        previous=state.committed,
+        committed=target,
+        committed_slot=state.candidate_slot,
+        candidate=None,
+        steps=0,
+        probation_starts=0,
+        highest_release_seq=max(state.highest_release_seq, target.release_seq),
+        failure=None,
+        outcome=Outcome(target.assignment_digest, target.rollout_id, target.generation, "committed"),
+    )
+    return committed, (Command.FINISH_COMMIT, Command.REPORT)
+
+
+def _on_failed(state: DeviceState, event: Failed) -> Step:
+    if state.phase is Phase.REVERTING:
+        outcome = replace(_outcome(state, "fallback", state.failure), failure=event.failure)
+        return replace(state, phase=Phase.SAFE_FALLBACK, candidate=None, steps=0, outcome=outcome), (
+            Command.SERVE_FALLBACK,
+            Command.REPORT,
+        )
+    return _fail(state, event.failure)
+
+
+def _on_restored(state: DeviceState, _: Restored) -> Step:
+    failure = state.failure or Failure("operator", "device.revert_ordered", "")
+    quarantine = state.quarantine
+    if failure.cause == "content" and state.candidate is not None:
+        quarantine = _quarantined(quarantine, state.candidate.assignment_digest)
+    # With nothing committed yet, "back" is the empty device it was: idle, not reverted to anything.
+    phase = Phase.REVERTED if state.committed is not None else Phase.IDLE
+    settled = replace(
+        state,
+        phase=phase,
+        candidate=None,
+        steps=0,
+        probation_starts=0,
+        quarantine=quarantine,
+        failure=None,
+        outcome=_outcome(state, "reverted", failure),
+    )
+    return settled, (Command.DISCARD_CANDIDATE, Command.REPORT)
+
+
+def _on_withdrawn(state: DeviceState, event: Withdrawn) -> Step:
+    if state.candidate is None or state.candidate.assignment_digest != event.assignment_digest:
+        return state, ()
+    state = replace(state, generation=max(state.generation, event.generation))
+    failure = Failure("operator", "rollout.withdrawn", "the server stopped offering this release")
+    if state.phase in BEFORE_ACTIVATION:
+        return _drop(state, "withdrawn", failure)
+    return _revert(state, failure)
+
+
+def _on_revert_ordered(state: DeviceState, event: RevertOrdered) -> Step:
+    if event.generation and event.generation <= state.generation:
+        return state, ()
+    state = replace(state, generation=max(state.generation, event.generation))
+    failure = Failure("operator", "device.revert_ordered", "the previous release was asked for")
+    running = state.candidate if state.phase in IN_TRIAL else state.committed
+    if event.assignment_digest and (running is None or running.assignment_digest != event.assignment_digest):
+        return state, (Command.REPORT,)
+    if state.phase in IN_TRIAL:
+        return _revert(state, failure)
+    if state.phase in BEFORE_ACTIVATION:
+        return _drop(state, "withdrawn", failure)
+    if state.previous is None or state.committed is None:
+        return state, (Command.REPORT,)  # nothing to go back to: the report says what runs
+    # The committed release becomes the one that is being left; the previous slot becomes the committed one.
+    swapped = replace(
+        state,
+        candidate=state.committed,
+        committed=state.previous,
+        committed_slot=state.candidate_slot,
+        previous=None,
+        highest_release_seq=state.highest_release_seq,
+    )
+    return _revert(swapped, failure)
+
+
+def _on_booted(state: DeviceState, event: Booted) -> Step:
+    serve: Commands = (Command.SERVE_COMMITTED,) if state.committed is not None else ()
+    if state.phase in (Phase.IDLE, Phase.REVERTED):
+        return state, serve
+    if state.phase is Phase.COMMITTED:
+        return state, (*serve, Command.FINISH_COMMIT)
+    if state.phase is Phase.SAFE_FALLBACK:
+        return state, serve or (Command.SERVE_FALLBACK,)
+    if state.phase is Phase.ACTIVATING and event.pointer != state.candidate_slot:
+        resumed, commands = _go(state, Phase.STAGED)
+    elif state.phase in IN_TRIAL:
+        starts = state.probation_starts + 1
+        if starts > MAX_PROBATION_STARTS:
+            detail = f"the device started {state.probation_starts} times without passing probation"
+            resumed, commands = _revert(state, Failure("content", "device.crash_loop", detail))
+        else:
+            resumed, commands = _go(replace(state, probation_starts=starts), Phase.PROBATION)
+    elif state.phase is Phase.REVERTING:
+        return state, (Command.REVERT,)
+    else:
+        resumed, commands = _go(state, state.phase)
+    return resumed, (*serve, *commands) if Command.REVERT not in commands else commands
+
+
+_EVERY = frozenset(Phase)
+
+#: event -> (phases in which it means something, what it does). Anywhere else an event is late and is ignored.
+TABLE: dict[type[Event], tuple[frozenset[Phase], Callable[..., Step]]] = {
+    Offered: (_EVERY, _on_offered),
+    Admitted: (frozenset({Phase.ADMISSION}), _on_admitted),
+    Refused: (frozenset({Phase.ADMISSION}), _on_refused),
+    Fetched: (frozenset({Phase.DOWNLOADING}), _on_fetched),
+    Verified: (frozenset({Phase.VERIFYING}), _on_verified),
+    WindowOpened: (frozenset({Phase.STAGED}), _on_window),
+    Activated: (frozenset({Phase.ACTIVATING}), _on_activated),
+    Proved: (frozenset({Phase.PROBATION}), _on_proved),
+    Failed: (BEFORE_ACTIVATION | IN_TRIAL | {Phase.REVERTING}, _on_failed),
+    Restored: (frozenset({Phase.REVERTING}), _on_restored),
+    Withdrawn: (BEFORE_ACTIVATION | IN_TRIAL, _on_withdrawn),
+    RevertOrdered: (_EVERY - {Phase.REVERTING, Phase.SAFE_FALLBACK}, _on_revert_ordered),
+    Booted: (_EVERY, _on_booted),
+}
+
+
+def step(state: DeviceState, event: Event) -> Step:
+    """Decide what an event means for a device.
+
+    The machine needs no clock: windows and deadlines are the shell's events.
+
+    Args:
+        state: the journal's state.
+        event: what happened.
+
+    Returns:
+        The state to persist first, and the commands to act on after that. An event that means nothing in this
+        phase (late, repeated, out of order) returns the same state object and no command.
+    """
+    phases, act = TABLE[type(event)]
+    if state.phase not in phases:
+        return state, ()
+    return act(state, event)

