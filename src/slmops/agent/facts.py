@@ -27,7 +27,7 @@ def read_facts(layout: Layout, config: DeviceConfig, limits: dict[str, str] | No
         cores=os.cpu_count() or 1,
         ram_limit_bytes=config.ram_limit_bytes or memory_limit_bytes(),
         disk_free_bytes=free_bytes(layout.root) // _DISK_STEP_BYTES * _DISK_STEP_BYTES,
-        runtimes=installed_runtimes(config.runtime_override),
+        runtimes=installed_runtimes(config.extra_runtime),
         agent_version=metadata.version("slmops"),
         limits=limits or {},
         bench=read_bench(layout),
@@ -50,15 +50,13 @@ def profile_of(name: str, facts: Facts) -> DeviceProfile:
 
 
 def installed_runtimes(override: str = "") -> dict[str, str]:
-    """Engines that can be started here, with their versions."""
+    """Engines that can be started here, with their versions: no release can name another one, signed or not."""
     found: dict[str, str] = {}
-    for name in names():
+    for name in (*names(), *((override,) if override else ())):
         try:
             found[name] = load(name).version()
         except SlmopsError:
             continue
-    if override and not found:
-        found["llama.cpp"] = "override"
     return found
 
 

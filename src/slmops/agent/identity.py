@@ -27,7 +27,7 @@ class DeviceConfig(msgspec.Struct, frozen=True, omit_defaults=True):
         gateway_host, gateway_port: where applications find the model; port 0 picks a free one.
         ram_limit_bytes: memory that slmops may use; None takes what the machine has.
         cpu_cores: CPU share for engines; None for no limit. ``threads``: compute threads of one engine.
-        runtime_override: engine to use in place of the variant's, for tests (module:attribute).
+        extra_runtime: one more engine that this device may start (``module:attribute``); for tests and own engines.
     """
 
     schema: int
@@ -42,7 +42,7 @@ class DeviceConfig(msgspec.Struct, frozen=True, omit_defaults=True):
     ram_limit_bytes: int | None = None
     cpu_cores: float | None = None
     threads: int = 1
-    runtime_override: str = ""
+    extra_runtime: str = ""
 
 
 def load_config(layout: Layout) -> DeviceConfig:

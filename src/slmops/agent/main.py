@@ -38,11 +38,11 @@ from slmops.agent.reporting import Reporter
 from slmops.agent.serving import EngineKeeper, Router
 from slmops.agent.store.artifacts import ArtifactStore
 from slmops.agent.store.files import write_atomic
-from slmops.agent.store.journal import read_journal
+from slmops.agent.store.journal import read_journal, write_journal
 from slmops.agent.store.layout import Layout
 from slmops.agent.store.slots import read_pointer
 from slmops.agent.transport import HttpControlPlane
-from slmops.core.device.machine import Booted, Phase, RevertOrdered
+from slmops.core.device.machine import Booted, Command, Phase, RevertOrdered, step
 from slmops.core.errors import BusyError
 from slmops.protocol.messages import SCHEMA as MESSAGE_SCHEMA
 from slmops.protocol.messages import EnrollRequest
@@ -67,7 +67,7 @@ class EnrollOptions:
     ram_limit_bytes: int | None = None
     cpu_cores: float | None = None
     threads: int = 1
-    runtime_override: str = ""
+    extra_runtime: str = ""
 
 
 def enroll(options: EnrollOptions) -> DeviceConfig:
@@ -93,7 +93,7 @@ def enroll(options: EnrollOptions) -> DeviceConfig:
         ram_limit_bytes=options.ram_limit_bytes,
         cpu_cores=options.cpu_cores,
         threads=options.threads,
-        runtime_override=options.runtime_override,
+        extra_runtime=options.extra_runtime,
     )
     request = EnrollRequest(MESSAGE_SCHEMA, options.token, public_key, options.name, options.profile, read_facts(layout, config), options.labels)
 
@@ -210,6 +210,21 @@ def running_pid(layout: Layout) -> int | None:
         except OSError:
             return int(lock.read().strip() or 0) or None
     return None
+
+
+def order_revert_offline(layout: Layout) -> str:
+    """Take the order to go back into the journal of a device whose agent is not running; its next start acts on it.
+
+    Returns:
+        What will happen, in words.
+    """
+    with _exclusive(layout):
+        journal = read_journal(layout.journal)
+        state, commands = step(journal.state, RevertOrdered())
+        if Command.REVERT not in commands:
+            return "there is nothing to go back to: no previous release is kept on this device"
+        write_journal(layout.journal, msgspec.structs.replace(journal, state=state, assignment=None, acknowledged=False))
+    return "noted: the agent goes back to the previous release when it starts"
 
 
 @contextmanager

@@ -188,7 +188,7 @@ class EngineKeeper:
         serving = slot.assignment.serving
         if serving is None:
             raise RuntimeLoadError(f"slot {name} has no serving settings", hint="let the control plane assign the release again")
-        runtime = load(self._config.runtime_override or slot.runtime)
+        runtime = load(slot.runtime)
         spec = EngineSpec(
             runtime=runtime.name,
             model_path=self._store.path(slot.digest_of("model")),

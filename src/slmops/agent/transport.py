@@ -20,6 +20,7 @@ from slmops.core.errors import (
     BusyError,
     ConflictError,
     DeadlineError,
+    DigestError,
     NetworkError,
     NotFoundError,
     SlmopsError,
@@ -130,7 +131,7 @@ class HttpControlPlane:
                 async for part in response.aiter_bytes():
                     received += len(part)
                     if received > size_bytes:
-                        raise TrustError(
+                        raise DigestError(
                             f"chunk {sha256[:12]}: more than the announced {size_bytes} bytes arrived",
                             hint="the server or something before it is not serving what was signed",
                         )

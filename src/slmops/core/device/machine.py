@@ -32,6 +32,8 @@ from slmops.core.errors import BugError
 MAX_PROBATION_STARTS = 3
 #: accepted transitions of one update; a cycle that needs more is a loop, and loops end in a revert
 MAX_STEPS = 40
+#: assignment digests that a device remembers as bad
+MAX_QUARANTINE = 64
 
 Cause = Literal["content", "environment", "operator"]
 SlotName = Literal["a", "b"]
@@ -307,16 +309,13 @@ def _drop(
     state: DeviceState, status: Literal["refused", "failed", "withdrawn"], failure: Failure | None
 ) -> Step:
     """Forget a candidate that was never activated: what serves was not touched."""
-    quarantine = state.quarantine
-    if failure is not None and failure.cause == "content" and state.candidate is not None:
-        quarantine = _quarantined(quarantine, state.candidate.assignment_digest)
     settled = replace(
         state,
         phase=state.resting,
         candidate=None,
         steps=0,
         probation_starts=0,
-        quarantine=quarantine,
+        quarantine=_quarantine_after(state, failure),
         outcome=_outcome(state, status, failure),
     )
     return settled, (Command.DISCARD_CANDIDATE, Command.REPORT)
@@ -331,8 +330,12 @@ def _fail(state: DeviceState, failure: Failure) -> Step:
     return _drop(state, "failed", failure) if state.phase in BEFORE_ACTIVATION else _revert(state, failure)
 
 
-def _quarantined(quarantine: tuple[str, ...], digest: str) -> tuple[str, ...]:
-    return quarantine if digest in quarantine else (*quarantine, digest)[-64:]
+def _quarantine_after(state: DeviceState, failure: Failure | None) -> tuple[str, ...]:
+    """Content failures quarantine the candidate; the list keeps the newest :data:`MAX_QUARANTINE`."""
+    digest = state.candidate.assignment_digest if state.candidate is not None else ""
+    if failure is None or failure.cause != "content" or not digest or digest in state.quarantine:
+        return state.quarantine
+    return (*state.quarantine, digest)[-MAX_QUARANTINE:]
 
 
 # ---- one function for each event -------------------------------------------------------------------------
@@ -342,16 +345,19 @@ def _on_offered(state: DeviceState, event: Offered) -> Step:
     target = event.target
     if state.phase not in RESTING and state.phase not in BEFORE_ACTIVATION:
         return state, ()  # in trial or reverting: the server repeats the offer when we report that we rest
-    if target.generation <= state.generation and not _same_as_resting(state, target):
+    if target.generation <= state.generation and not _is_first_offer(state, target):
         return state, ()  # late or repeated
     state = replace(state, generation=max(state.generation, target.generation))
+    forget: Commands = ()
     if state.phase in BEFORE_ACTIVATION:
-        if state.candidate is not None and state.candidate.assignment_digest == target.assignment_digest:
+        if _names(target.assignment_digest, state.candidate):
             return replace(state, candidate=target), ()  # same thing under a newer generation: go on
-        state = replace(state, phase=state.resting, candidate=None, steps=0)
-    if state.committed is not None and state.committed.assignment_digest == target.assignment_digest:
+        state = replace(state, phase=state.resting, candidate=None, steps=0, probation_starts=0)
+        forget = (Command.DISCARD_CANDIDATE,)
+    # In safe_fallback the committed release is the one that did not come up: it must prove itself again.
+    if state.phase is not Phase.SAFE_FALLBACK and _names(target.assignment_digest, state.committed):
         done = Outcome(target.assignment_digest, target.rollout_id, target.generation, "committed")
-        return replace(state, committed=target, outcome=done), (Command.REPORT,)
+        return replace(state, committed=target, outcome=done), (*forget, Command.REPORT)
     state = replace(
         state, resting=state.phase, candidate=target, steps=0, probation_starts=0, failure=None, outcome=None
     )
@@ -363,17 +369,18 @@ def _on_offered(state: DeviceState, event: Offered) -> Step:
             f"release_seq {target.release_seq} is below {state.highest_release_seq}, and no grant was given"
         )
         return _drop(state, "refused", Failure("environment", "trust.downgrade", detail))
-    return _go(state, Phase.ADMISSION)
+    admitting, commands = _go(state, Phase.ADMISSION)
+    return admitting, (*forget, *commands)
 
 
-def _same_as_resting(state: DeviceState, target: Target) -> bool:
+def _names(assignment_digest: str, target: Target | None) -> bool:
+    return target is not None and target.assignment_digest == assignment_digest
+
+
+def _is_first_offer(state: DeviceState, target: Target) -> bool:
     """The first offer after enrolment may carry generation 0."""
-    return (
-        state.phase is Phase.IDLE
-        and state.candidate is None
-        and state.generation == 0
-        and target.generation == 0
-    )
+    fresh = state.phase is Phase.IDLE and state.generation == 0 and state.outcome is None
+    return fresh and target.generation == 0
 
 
 def _on_admitted(state: DeviceState, _: Admitted) -> Step:
@@ -393,8 +400,11 @@ def _on_verified(state: DeviceState, _: Verified) -> Step:
 
 
 def _on_window(state: DeviceState, _: WindowOpened) -> Step:
-    # The candidate's manifest is about to take the other slot: what lay there can no longer be gone back to.
-    return _go(replace(state, previous=None), Phase.ACTIVATING)
+    moved, commands = _go(state, Phase.ACTIVATING)
+    if moved.phase is Phase.ACTIVATING:
+        # The candidate's manifest is about to take the other slot: what lay there cannot be gone back to.
+        moved = replace(moved, previous=None)
+    return moved, commands
 
 
 def _on_activated(state: DeviceState, _: Activated) -> Step:
@@ -408,7 +418,7 @@ def _on_proved(state: DeviceState, _: Proved) -> Step:
     committed = replace(
         state,
         phase=Phase.COMMITTED,
-        previous=state.committed,
+        previous=None if _names(target.assignment_digest, state.committed) else state.committed,
         committed=target,
         committed_slot=state.candidate_slot,
         candidate=None,
@@ -423,19 +433,33 @@ def _on_proved(state: DeviceState, _: Proved) -> Step:
 
 def _on_failed(state: DeviceState, event: Failed) -> Step:
     if state.phase is Phase.REVERTING:
-        outcome = replace(_outcome(state, "fallback", state.failure), failure=event.failure)
-        return replace(state, phase=Phase.SAFE_FALLBACK, candidate=None, steps=0, outcome=outcome), (
-            Command.SERVE_FALLBACK,
-            Command.REPORT,
-        )
+        return _fall_back(state, event.failure)
     return _fail(state, event.failure)
+
+
+def _fall_back(state: DeviceState, failure: Failure) -> Step:
+    """The revert failed, too; a bad release stays bad, its cause is not hidden behind the second failure."""
+    first = state.failure
+    # What kept the committed release from coming up is never held against the candidate.
+    cause: Cause = "content" if first is not None and first.cause == "content" else "environment"
+    why = f"{first.code}: {first.detail}; " if first is not None else ""
+    failure = Failure(cause, failure.code, f"{why}the revert failed: {failure.detail}")
+    fallen = replace(
+        state,
+        phase=Phase.SAFE_FALLBACK,
+        candidate=None,
+        steps=0,
+        probation_starts=0,
+        quarantine=_quarantine_after(state, failure),
+        failure=None,
+        outcome=_outcome(state, "fallback", failure),
+    )
+    return fallen, (Command.SERVE_FALLBACK, Command.REPORT)
 
 
 def _on_restored(state: DeviceState, _: Restored) -> Step:
     failure = state.failure or Failure("operator", "device.revert_ordered", "")
-    quarantine = state.quarantine
-    if failure.cause == "content" and state.candidate is not None:
-        quarantine = _quarantined(quarantine, state.candidate.assignment_digest)
+    quarantine = _quarantine_after(state, failure)
     # With nothing committed yet, "back" is the empty device it was: idle, not reverted to anything.
     phase = Phase.REVERTED if state.committed is not None else Phase.IDLE
     settled = replace(
@@ -454,6 +478,8 @@ def _on_restored(state: DeviceState, _: Restored) -> Step:
 def _on_withdrawn(state: DeviceState, event: Withdrawn) -> Step:
     if state.candidate is None or state.candidate.assignment_digest != event.assignment_digest:
         return state, ()
+    if event.generation < state.candidate.generation:
+        return state, ()  # late: it was offered again since
     state = replace(state, generation=max(state.generation, event.generation))
     failure = Failure("operator", "rollout.withdrawn", "the server stopped offering this release")
     if state.phase in BEFORE_ACTIVATION:
@@ -466,13 +492,13 @@ def _on_revert_ordered(state: DeviceState, event: RevertOrdered) -> Step:
         return state, ()
     state = replace(state, generation=max(state.generation, event.generation))
     failure = Failure("operator", "device.revert_ordered", "the previous release was asked for")
-    running = state.candidate if state.phase in IN_TRIAL else state.committed
-    if event.assignment_digest and (running is None or running.assignment_digest != event.assignment_digest):
-        return state, (Command.REPORT,)
-    if state.phase in IN_TRIAL:
-        return _revert(state, failure)
-    if state.phase in BEFORE_ACTIVATION:
+    named = event.assignment_digest
+    if state.phase not in RESTING and (not named or _names(named, state.candidate)):
+        if state.phase in IN_TRIAL:
+            return _revert(state, failure)
         return _drop(state, "withdrawn", failure)
+    if state.phase in IN_TRIAL or (named and not _names(named, state.committed)):
+        return state, (Command.REPORT,)  # what was named does not run here
     if state.previous is None or state.committed is None:
         return state, (Command.REPORT,)  # nothing to go back to: the report says what runs
     # The committed release becomes the one that is being left; the previous slot becomes the committed one.
@@ -482,7 +508,7 @@ def _on_revert_ordered(state: DeviceState, event: RevertOrdered) -> Step:
         committed=state.previous,
         committed_slot=state.candidate_slot,
         previous=None,
-        highest_release_seq=state.highest_release_seq,
+        steps=0,
     )
     return _revert(swapped, failure)
 
@@ -495,8 +521,8 @@ def _on_booted(state: DeviceState, event: Booted) -> Step:
         return state, (*serve, Command.FINISH_COMMIT)
     if state.phase is Phase.SAFE_FALLBACK:
         return state, serve or (Command.SERVE_FALLBACK,)
-    if state.phase is Phase.ACTIVATING and event.pointer != state.candidate_slot:
-        resumed, commands = _go(state, Phase.STAGED)
+    if state.phase in IN_TRIAL and event.pointer != state.candidate_slot:
+        resumed, commands = _go(state, Phase.STAGED)  # the pointer was not flipped: activate again
     elif state.phase in IN_TRIAL:
         starts = state.probation_starts + 1
         if starts > MAX_PROBATION_STARTS:

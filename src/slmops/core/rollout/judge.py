@@ -158,7 +158,7 @@ def judge(  # noqa: PLR0913 - the question has this many independent parts
     overall = count(everyone, deadlines, now)
     # A wave smaller than min_devices (a small fleet, or devices never reached) must still be able to finish.
     needed = min(min_devices, max(len(wave) - counts.not_reached, 0))
-    findings = [_committed_at_all(counts, len(wave), needed)]
+    findings = [_committed_at_all(counts, overall, needed)]
     if max_failures is not None:
         text = f"{counts.failed_content} content failures in this wave, {max_failures} tolerated"
         verdict = Verdict.FAIL if counts.failed_content > max_failures else Verdict.PASS
@@ -169,15 +169,21 @@ def judge(  # noqa: PLR0913 - the question has this many independent parts
     return Judgement(combine(findings), tuple(findings), counts, complete)
 
 
-def _committed_at_all(counts: Counts, size: int, needed: int) -> Finding:
-    """Silence never promotes: a wave passes only on devices that reported success."""
+def _committed_at_all(counts: Counts, overall: Counts, needed: int) -> Finding:
+    """Silence and failures never promote: a wave passes only on devices that run the release.
+
+    An empty wave (nobody left to place, or a selector that nobody matches) passes on the devices of earlier
+    waves, and is inconclusive where there are none.
+    """
+    size = counts.waiting + counts.in_flight + counts.settled + counts.not_reached
     text = f"{counts.committed} of {size} devices run the release"
     if counts.not_reached:
         text += f", {counts.not_reached} not reached"
-    if size and counts.settled == 0 and counts.not_reached == size:
-        return Finding("wave.reached", Verdict.INCONCLUSIVE, f"{text}: nobody answered", 1)
-    if counts.settled < needed:
-        return Finding("wave.reached", Verdict.INCONCLUSIVE, text, needed - counts.settled)
+    if size == 0:
+        verdict = Verdict.PASS if overall.committed else Verdict.INCONCLUSIVE
+        return Finding("wave.reached", verdict, "the wave has no devices", 0 if overall.committed else 1)
+    if counts.settled < needed or counts.committed == 0:
+        return Finding("wave.reached", Verdict.INCONCLUSIVE, text, max(needed - counts.settled, 1))
     return Finding("wave.reached", Verdict.PASS, text)
 
 
@@ -205,7 +211,7 @@ def _ask(
         if isinstance(gate, ContinuousGate):
             ratios = [d.ratios[gate.metric] for d in everyone if gate.metric in d.ratios]
             return gate.judge(ratios, min_devices=needed)
-        return _ask_paired(gate, wave)
+        return _ask_paired(gate, wave or everyone)
     except (ArithmeticError, ValueError, KeyError) as error:
         return Finding(gate.metric, Verdict.ERROR, f"the gate could not be computed: {error!r}")
 

@@ -16,6 +16,7 @@ Theory of operation
 
 * Gates are asked in every phase in which devices may hold the release, also while paused: a failing gate
   aborts.
+* A gate that cannot be computed (error) pauses at once.
 * ``baking`` begins when the wave has passed once and every device of it is settled; the wave is promoted when
   it still passes after ``bake.min_s``. Inconclusive past ``bake.max_s`` pauses and asks a person.
 * Only a pass promotes. Inconclusive, error and silence never do.
@@ -273,28 +274,30 @@ def _on_judged(state: RolloutState, event: Judged, policy: Policy, now: datetime
         return _stop(state, policy.on_abort, now, event.reason)
     if state.phase is Phase.PAUSED:
         return state, ()
+    if (
+        event.verdict is Verdict.ERROR
+    ):  # fail closed: no further device is exposed behind a gate that cannot see
+        return _pause(state, now, f"error: {event.reason}")
     waited = now - state.since
-    passed = event.verdict is Verdict.PASS and event.complete
+    if event.verdict is Verdict.PASS and event.complete:
+        return _promote(state, event, policy, now, waited)
+    # A complete wave without a pass cannot pass by itself: wait for bake.max_s, then ask a person.
+    settled = event.complete or state.phase is Phase.BAKING
+    if settled and waited > timedelta(seconds=policy.bake_max_s):
+        return _pause(state, now, f"inconclusive: {event.reason}")
+    return state, ()
+
+
+def _promote(state: RolloutState, event: Judged, policy: Policy, now: datetime, waited: timedelta) -> Step:
+    """A pass: from open to baking, and after ``bake.min_s`` to the next wave or the end."""
     if state.phase is Phase.OPEN:
-        if passed:
-            return replace(state, phase=Phase.BAKING, since=now, reason=event.reason), ()
-        # A wave whose devices have all settled without a pass cannot pass by itself: wait for bake.max_s, then ask.
-        if event.complete and waited > timedelta(seconds=policy.bake_max_s):
-            return _pause(state, now, f"inconclusive: {event.reason}")
-        return state, ()
-    if not passed:
-        if waited > timedelta(seconds=policy.bake_max_s):
-            return _pause(state, now, f"inconclusive: {event.reason}")
-        return state, ()
+        return replace(state, phase=Phase.BAKING, since=now, reason=event.reason), ()
     if waited < timedelta(seconds=policy.bake_min_s):
         return state, ()
-    if state.wave + 1 < policy.waves:
-        following = state.wave + 1
-        return replace(state, phase=Phase.OPEN, wave=following, since=now, reason=event.reason), (
-            OpenWave(following),
-        )
-    phase = Phase.COMPLETED_PARTIAL if event.unreached else Phase.COMPLETED
-    return _end(state, phase, now, event.reason)
+    if state.wave + 1 == policy.waves:
+        return _end(state, Phase.COMPLETED_PARTIAL if event.unreached else Phase.COMPLETED, now, event.reason)
+    opened = replace(state, phase=Phase.OPEN, wave=state.wave + 1, since=now, reason=event.reason)
+    return opened, (OpenWave(opened.wave),)
 
 
 def _pause(state: RolloutState, now: datetime, reason: str) -> Step:
@@ -335,7 +338,7 @@ _ALIVE = frozenset(Phase) - ENDED
 TABLE: dict[type[Event], tuple[frozenset[Phase], frozenset[Phase], Callable[..., Step]]] = {
     Approved: (frozenset({Phase.AWAITING_APPROVAL}), frozenset({Phase.SCHEDULED}), _on_approved),
     Rejected: (_WAITING, frozenset(), _on_rejected),
-    Started: (frozenset({Phase.SCHEDULED}), EXPOSED, _on_started),
+    Started: (frozenset({Phase.SCHEDULED}), frozenset(Phase) - {Phase.SCHEDULED}, _on_started),
     Judged: (EXPOSED, frozenset(Phase) - EXPOSED, _on_judged),
     PauseOrdered: (RUNNING | {Phase.SCHEDULED}, frozenset({Phase.PAUSED}), _on_pause),
     ResumeOrdered: (frozenset({Phase.PAUSED}), RUNNING, _on_resume),

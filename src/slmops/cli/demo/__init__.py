@@ -1,0 +1,1 @@
+"""``slmops demo``: the main job, end to end, with real processes."""

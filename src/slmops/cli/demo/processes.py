@@ -1,0 +1,113 @@
+"""Real processes of the demo: one control plane, six agents. All of them are stopped with the demo, however it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import msgspec
+
+from slmops.core.errors import BusyError, DeadlineError
+
+_STOP_S = 15.0
+
+
+def free_port(preferred: int) -> int:
+    """The preferred loopback port if nobody has it, else any free one."""
+    for port in (preferred, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise BusyError("no loopback port is free", hint="close some programs")
+
+
+def slmops_command(*arguments: str) -> list[str]:
+    """The command line of this very installation."""
+    return [sys.executable, "-m", "slmops.cli.main", *arguments]
+
+
+@dataclass
+class Processes:
+    """Started processes, by name, with their logs."""
+
+    logs: Path
+    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start ``slmops ...`` in the background; its output goes to ``logs/NAME.log``."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        with (self.logs / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(  # noqa: S603 - our own command line
+                slmops_command(*arguments), stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        self.running[name] = process
+        return process
+
+    def check(self) -> None:
+        """Refuse to go on when one of them has died.
+
+        Raises:
+            BusyError: names it, with the end of its log.
+        """
+        for name, process in self.running.items():
+            if process.poll() is not None:
+                raise BusyError(f"{name} ended with code {process.returncode}: {self.tail(name)}", hint=f"see {self.logs / name}.log")
+
+    def tail(self, name: str) -> str:
+        """The last lines of a log."""
+        return (self.logs / f"{name}.log").read_text(encoding="utf-8", errors="replace")[-1500:].strip()
+
+    def stop_all(self) -> None:
+        """Stop everything: ask, then kill. Agents first, so that their engines go with them."""
+        for process in reversed(list(self.running.values())):
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + _STOP_S
+        for process in self.running.values():
+            try:
+                process.wait(max(deadline - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        self.running.clear()
+
+
+def wait_for_http(url: str, processes: Processes, timeout_s: float = 60.0) -> None:
+    """Wait until a URL answers 200.
+
+    Raises:
+        DeadlineError: it did not in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        processes.check()
+        try:
+            if httpx.get(url, timeout=2.0, trust_env=False).status_code == httpx.codes.OK:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.1)
+    raise DeadlineError(f"{url} did not answer within {timeout_s:.0f} s", hint=f"see the logs in {processes.logs}")
+
+
+def wait_for_run_file(folder: Path, processes: Processes, timeout_s: float = 60.0) -> str:
+    """The URL under which an agent serves, from its run file."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        processes.check()
+        try:
+            return str(msgspec.json.decode((folder / "run.json").read_bytes(), type=dict[str, object])["url"])
+        except (FileNotFoundError, msgspec.MsgspecError):
+            time.sleep(0.1)
+    raise DeadlineError(f"the agent in {folder} did not start within {timeout_s:.0f} s", hint=f"see the logs in {processes.logs}")

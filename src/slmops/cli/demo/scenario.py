@@ -1,0 +1,340 @@
+"""The main job, step by step, in the order in which a person would do it.
+
+Everything is real: the model, the engine, the signatures, the HTTP, seven processes and their engines. What the demo
+checks at the end is what it promises at the beginning.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import click
+import httpx
+
+from slmops.build import describe, load_build, run_build
+from slmops.cli.build.group import print_variants, show_steps
+from slmops.cli.demo.load import LoadClient, ask, eval_commands
+from slmops.cli.demo.processes import Processes, free_port, slmops_command, wait_for_http, wait_for_run_file
+from slmops.cli.output import Progress, megabytes, percent, print_table
+from slmops.cli.rollout.group import print_rollout, progress_line
+from slmops.client import ControlPlane
+from slmops.client.records import RolloutDetail
+from slmops.core.errors import BugError, DeadlineError, GateError
+from slmops.core.rollout.machine import ENDED, Phase
+from slmops.release import Workspace, create_release, init_keys, open_bundle, publish
+
+FLEET = (
+    ("zero-1", "pi-zero2-512mb"),
+    ("zero-2", "pi-zero2-512mb"),
+    ("pi5-1", "pi5-8gb"),
+    ("pi5-2", "pi5-8gb"),
+    ("n100-1", "n100-16gb"),
+    ("n100-2", "n100-16gb"),
+)
+CANARY = "pi5-1"
+GOOD, BAD = "1.0.0", "1.0.1"
+_ENDED = frozenset(phase.value for phase in ENDED)
+_ROLLOUT_TIMEOUT_S = 420.0
+
+
+@dataclass(frozen=True, slots=True)
+class DemoOptions:
+    """What the command was given."""
+
+    project: Path
+    work: Path
+    fast: bool
+
+
+@dataclass
+class Scenario:
+    """One run of the demo."""
+
+    options: DemoOptions
+    began: float = field(default_factory=time.monotonic)
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Lay out the work folder; what an earlier run rolled out is removed, what it built is kept."""
+        work = self.options.work
+        self._run = work / "run"
+        shutil.rmtree(self._run, ignore_errors=True)
+        self._run.mkdir(parents=True)
+        self._processes = Processes(self._run / "logs")
+        self._plane: ControlPlane | None = None
+        self._urls: dict[str, str] = {}
+        self._passphrase = secrets.token_urlsafe(24)
+        self._workspace = Workspace(self._run / "keys")
+        self._data = self._run / "server"
+        self._load: LoadClient | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Do the whole job; returns the summary."""
+        self._say("1 · model and task")
+        self._make_dataset()
+        self._say("2 · build: one variant for each profile, measured as shipped")
+        good = self._build("recipe.yaml", "good")
+        self._show_build(good)
+        self._say("3 · release: signed with offline keys")
+        self._make_keys()
+        good_bundle = self._release(good, GOOD, {})
+        self._say("4 · control plane and six devices")
+        self._start_server()
+        self._publish(good_bundle)
+        self._start_devices()
+        self._say(f"5 · rollout of {GOOD} in waves")
+        first = self._roll_out(GOOD)
+        self._ask_one_device()
+        self._say(f"6 · a bad release ({BAD}): signed, loads fine, answers garbage")
+        self._start_load()
+        bad = self._build("bad-recipe.yaml", "bad")
+        bad_bundle = self._release(bad, BAD, self._waivers_for(bad))
+        self._publish(bad_bundle)
+        second = self._roll_out(BAD)
+        self._summarise(good, [first, second])
+        return self.summary
+
+    # ---- build and sign ----------------------------------------------------------------------------------------------
+
+    def _make_dataset(self) -> None:
+        data = self.options.project / "data"
+        script = self.options.project / "make_dataset.py"
+        subprocess.run([sys.executable, str(script), "--out", str(data)], check=True, stdout=subprocess.DEVNULL)  # noqa: S603 - our own script
+        click.echo(f"home-assistant-intents: commands to JSON, split by template ({data})")
+
+    def _build(self, recipe: str, name: str) -> Path:
+        folder = self.options.work / "build" / name
+        cache = self.options.work / "cache"
+        result = run_build(
+            self.options.project / recipe, folder, cache_dir=cache, targets=None, fast=self.options.fast, progress=show_steps(Progress()), workers=2
+        )
+        click.echo(f"{result.steps_run} steps run, {result.steps_cached} known, {result.seconds:.0f} s")
+        return folder
+
+    def _show_build(self, folder: Path) -> None:
+        described = describe(load_build(folder))
+        print_variants(described["variants"])
+        scores = described["scores"]
+        for name in ("base", "merged"):
+            if name in scores:
+                click.echo(f"exact match on held-out templates, {name}: {percent(scores[name]['exact_match_ratio'])}")
+        for gate in described["gates"]:
+            click.echo(f"  {gate['verdict']:<12} {gate.get('profile', '')} {gate['gate']}: {gate['reason']}")
+        again = run_build(
+            self.options.project / "recipe.yaml", folder, cache_dir=self.options.work / "cache", targets=None, fast=self.options.fast, progress=lambda event: None, workers=2
+        )
+        click.echo(f"the same build again: {'something changed' if again.changed else 'nothing to do'} ({again.seconds:.1f} s)")
+
+    def _make_keys(self) -> None:
+        init_keys(self._workspace, self._data, self._passphrase, _now())
+        click.echo("root and release keys are offline; the control plane only holds its own online key")
+
+    def _release(self, build: Path, version: str, waivers: dict[str, str]) -> Path:
+        folder = self._run / "releases" / version
+        bundle = create_release(
+            build, version=version, workspace=self._workspace, passphrase=self._passphrase, waivers=waivers, out_dir=folder, created=_now()
+        )
+        click.echo(f"signed {bundle.release.model}@{version}, digest {bundle.digest[:16]}, release_seq {bundle.release.release_seq}")
+        for waiver in bundle.release.waivers:
+            click.secho(f"  waived {waiver.gate}: {waiver.reason}", fg="yellow")
+        return folder
+
+    def _waivers_for(self, build: Path) -> dict[str, str]:
+        """Waive what the bad build fails: the drill is about what happens after somebody did."""
+        failed = {gate["gate"] for gate in describe(load_build(build))["gates"] if gate["verdict"] in ("fail", "error")}
+        if not failed:
+            raise BugError("the bad release passes its build gates: it would prove nothing")
+        return dict.fromkeys(sorted(failed), "drill: shows that devices refuse a bad release by themselves")
+
+    # ---- control plane and devices -----------------------------------------------------------------------------------
+
+    def _start_server(self) -> None:
+        port = free_port(8420)
+        self._server_url = f"http://127.0.0.1:{port}"
+        self._processes.start("server", "server", "run", "--data-dir", str(self._data), "--listen", f"127.0.0.1:{port}", "--poll-s", "1", "--tick-s", "0.5")
+        wait_for_http(f"{self._server_url}/readyz", self._processes)
+        made = subprocess.run(  # noqa: S603 - our own command line
+            slmops_command("server", "token", "create", "--data-dir", str(self._data), "--role", "admin", "--name", "demo"), check=True, capture_output=True, text=True
+        )
+        token = made.stdout.strip()
+        token_file = self._run / "operator-token"
+        token_file.touch(mode=0o600)
+        token_file.write_text(token + "\n", encoding="ascii")
+        self._plane = ControlPlane(self._server_url, token)
+        click.echo(f"control plane: {self._server_url}  (dashboard; sign in with the token in {token_file})")
+
+    @property
+    def plane(self) -> ControlPlane:
+        """The connection to the control plane."""
+        if self._plane is None:
+            raise BugError("the control plane is not started")
+        return self._plane
+
+    def _publish(self, bundle: Path) -> None:
+        report = publish(open_bundle(bundle), self.plane, lambda event: None)
+        click.echo(f"published: {report.blobs_sent} blobs, {megabytes(report.bytes_sent)} sent")
+
+    def _start_devices(self) -> None:
+        for index, (name, profile) in enumerate(FLEET):
+            folder = self._run / "devices" / name
+            token = self.plane.create_device_token(ttl_s=600, uses=1).token
+            labels = ["--label", f"site={'hki' if index % 2 else 'tre'}"] + (["--label", "canary=always"] if name == CANARY else [])
+            subprocess.run(  # noqa: S603 - our own command line; the token goes by the environment, not by argv
+                slmops_command("agent", "enroll", self._server_url, "--dir", str(folder), "--profile", profile, "--name", name, "--listen", "127.0.0.1:0", *labels),
+                check=True,
+                stdout=subprocess.DEVNULL,
+                env={**os.environ, "SLMOPS_ENROLL_TOKEN": token},
+            )
+            self._processes.start(name, "agent", "run", "--dir", str(folder))
+        for name, _ in FLEET:
+            self._urls[name] = wait_for_run_file(self._run / "devices" / name, self._processes)
+        click.echo(f"{len(FLEET)} agents enrolled with one-time tokens and running; canary: {CANARY}")
+
+    # ---- rollouts ----------------------------------------------------------------------------------------------------
+
+    def _roll_out(self, version: str) -> RolloutDetail:
+        text = (self.options.project / "blueprint.yaml").read_text(encoding="utf-8").replace(f"version: {GOOD}", f"version: {version}")
+        applied = self.plane.apply_blueprint(text, "blueprint.yaml")
+        for choice in applied.plan.choices:
+            if version == GOOD:
+                click.echo(f"  {choice.device_id}: variant {choice.variant}, {megabytes(choice.artifact_bytes)}, {megabytes(choice.memory_bytes)} of memory")
+        deadline = time.monotonic() + _ROLLOUT_TIMEOUT_S
+        seen = ""
+        while time.monotonic() < deadline:
+            self._processes.check()
+            found = self.plane.rollout(applied.rollout_id)
+            line = progress_line(found)
+            if line != seen:
+                click.echo(f"  {line}")
+                seen = line
+            if found.phase in _ENDED:
+                print_rollout(found)
+                if version == GOOD:
+                    self._say_limits()
+                return found
+            time.sleep(0.5)
+        raise DeadlineError(f"the rollout of {version} did not end within {_ROLLOUT_TIMEOUT_S:.0f} s", hint=f"see the logs in {self._processes.logs}")
+
+    def _say_limits(self) -> None:
+        """Whether memory and CPU limits are really enforced here, in the runtime's own words."""
+        seen: dict[str, None] = {}
+        for device in self.plane.devices():
+            for limit, how in device.facts.limits.items():
+                seen[f"{limit} by {how}"] = None
+        for text in seen:
+            click.echo(f"  limit: {text}")
+
+    def _ask_one_device(self) -> None:
+        command, gold = next(pair for pair in eval_commands(self.options.project / "data" / "eval.jsonl") if len(pair[0]) < 60)
+        with httpx.Client(base_url=self._urls[CANARY], timeout=120.0, trust_env=False) as client:
+            answer, release = ask(client, "home-intents", command, stream=True)
+        click.echo(f"asked {CANARY}: {command!r}\n   answer: {answer}\n   expected: {gold}\n   by release: {release}")
+
+    def _start_load(self) -> None:
+        commands = [command for command, _ in eval_commands(self.options.project / "data" / "eval.jsonl")]
+        self._load = LoadClient(self._urls, "home-intents", commands)
+        self._load.start()
+        click.echo("a client now asks all six devices, all the time")
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    def _summarise(self, build: Path, rollouts: list[RolloutDetail]) -> None:
+        if self._load is None:
+            raise BugError("no load was started")
+        tally = self._load.stop()
+        self._load = None
+        described = describe(load_build(build))
+        devices = self.plane.devices()
+        self.summary.update(
+            {
+                "variants": [
+                    {
+                        "profile": v["profile"],
+                        "artifact_bytes": v["artifact_bytes"],
+                        **{k: v["measured"].get(k) for k in ("bits_per_weight", "kld_mean", "same_top_ratio", "decode_tps", "rss_bytes", "exact_match_ratio")},
+                    }
+                    for v in described["variants"]
+                ],
+                "scores": described["scores"],
+                "rollouts": [
+                    {
+                        "release": f"{r.model}@{r.version}",
+                        "outcome": r.phase,
+                        "committed": r.counts.committed,
+                        "reverted": r.counts.reverted,
+                        "untouched": r.counts.untouched,
+                        "reason": r.reason,
+                    }
+                    for r in rollouts
+                ],
+                "requests": {"served": tally.served, "failed": tally.failed, "releases": dict(tally.releases), "problems": tally.problems},
+                "devices": [{"id": d.id, "profile": d.profile, "release": d.release, "state": d.phase} for d in devices],
+                "moved_bytes": sum(d.fetched_bytes for d in devices),
+                "seconds": round(time.monotonic() - self.began, 1),
+                "fast": self.options.fast,
+            }
+        )
+        self._print_summary(rollouts)
+
+    def _print_summary(self, rollouts: list[RolloutDetail]) -> None:
+        self._say("summary")
+        rows = [(v["profile"], megabytes(v["artifact_bytes"]), f"{v['bits_per_weight']:.2f}", f"{v['kld_mean']:.4f}", percent(v["same_top_ratio"]), f"{v['decode_tps']:.0f}", megabytes(v["rss_bytes"]), percent(v["exact_match_ratio"])) for v in self.summary["variants"]]
+        print_table(("variant", "file", "bits/w", "mean KL", "same top", "decode/s", "peak RSS", "exact"), rows)
+        click.echo()
+        print_table(("release", "outcome", "committed", "reverted", "untouched"), [(r["release"], r["outcome"], r["committed"], r["reverted"], r["untouched"]) for r in self.summary["rollouts"]])
+        click.echo(f"\n{rollouts[-1].reason}")
+        requests = self.summary["requests"]
+        click.echo(f"requests during the bad rollout: {requests['served']} served, {requests['failed']} failed · moved to devices: {megabytes(self.summary['moved_bytes'])} · {self.summary['seconds']:.0f} s")
+
+    def require_expected_outcome(self) -> None:
+        """Fail when the demo did not show what it promises.
+
+        Raises:
+            GateError: names what went otherwise.
+        """
+        first, second = self.summary["rollouts"]
+        problems = []
+        if first["outcome"] != Phase.COMPLETED.value or first["committed"] != len(FLEET):
+            problems.append(f"the good release: {first['outcome']}, {first['committed']} of {len(FLEET)} devices")
+        if second["outcome"] != Phase.ROLLED_BACK.value or second["committed"] or second["untouched"] != len(FLEET) - 1:
+            problems.append(f"the bad release: {second['outcome']}, {second['committed']} committed, {second['untouched']} untouched")
+        if self.summary["requests"]["failed"] or not self.summary["requests"]["served"]:
+            problems.append(f"requests: {self.summary['requests']}")
+        if any(not d["release"].endswith(GOOD) for d in self.summary["devices"]):
+            problems.append(f"devices: {self.summary['devices']}")
+        if problems:
+            raise GateError("the demo did not end as it must: " + "; ".join(problems), hint=f"see the logs in {self._processes.logs}")
+
+    def keep_up(self) -> None:
+        """Keep everything running until Ctrl-C."""
+        click.echo(f"\nThe fleet stays up: dashboard {self._server_url} (token: {self._run / 'operator-token'}), model {self._urls[CANARY]}\nCtrl-C ends it.")
+        try:
+            while True:
+                self._processes.check()
+                time.sleep(1.0)
+        except KeyboardInterrupt:
+            click.echo("stopping")
+
+    def close(self) -> None:
+        """Stop whatever runs."""
+        if self._load is not None:
+            self._load.stop()
+        if self._plane is not None:
+            self._plane.close()
+        self._processes.stop_all()
+
+    def _say(self, title: str) -> None:
+        click.secho(f"\n{title}  [{time.monotonic() - self.began:.0f} s]", bold=True)
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc)

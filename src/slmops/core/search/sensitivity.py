@@ -1,0 +1,71 @@
+"""From measured tables to the options of the knapsack: what storing a tensor in a type is expected to cost.
+
+Two tables: the **relative error** of each tensor in each type (weighted by the importance matrix), and for each group of
+tensors the **damage**: the KL divergence that was really measured when that group alone was stored in one probe type.
+A divergence grows with the square of a small change and adds up over independent changes, so
+
+    loss(tensor, type) = damage(group) * error(tensor, type) / sum of error(t, probe type) over the group
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from slmops.core.search.knapsack import Option
+
+#: types whose kernels are rearranged for the CPU at load (llama.cpp "repack"): preferred when otherwise equal
+FAST_TYPES = frozenset({"Q4_0", "Q4_K", "IQ4_NL", "Q8_0"})
+#: how much more a slow type's loss counts: decides ties, hardly anything else
+SLOW_FACTOR = 1.002
+#: damage is measured on little text: a group never counts for less than this share of the mean damage per tensor
+LEAST_SHARE = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tensors of one kind at similar depth, stored in the probe type together.
+
+    Attributes:
+        tensors: their names.
+        damage: measured KL divergence, nats a token.
+    """
+
+    tensors: tuple[str, ...]
+    damage: float
+
+
+def scales(groups: Collection[Group], errors: Mapping[str, Mapping[str, float]], probe_type: str) -> dict[str, float]:
+    """For each tensor: expected divergence for each unit of relative error.
+
+    Args:
+        groups: together every tensor once.
+        errors: tensor to type to relative error.
+        probe_type: the type that the damage was measured with.
+    """
+    tensors = sum(len(group.tensors) for group in groups)
+    least = LEAST_SHARE * sum(group.damage for group in groups) / max(tensors, 1)
+    result: dict[str, float] = {}
+    for group in groups:
+        error = sum(errors[name][probe_type] for name in group.tensors)
+        damage = max(group.damage, least * len(group.tensors))
+        for name in group.tensors:
+            result[name] = damage / error if error > 0 else 0.0
+    return result
+
+
+def options(
+    sizes: Mapping[str, int], errors: Mapping[str, float], scale: float, *, fast_types: Collection[str] = FAST_TYPES
+) -> list[Option]:
+    """A tensor's options in a fixed order.
+
+    Args:
+        sizes: type to bytes of this tensor; only types that its shape allows.
+        errors: type to relative error; a type without an entry keeps the weights exactly.
+        scale: from :func:`scales`.
+        fast_types: preferred among equals.
+    """
+    return [
+        Option(name, sizes[name], scale * errors.get(name, 0.0) * (1.0 if name in fast_types else SLOW_FACTOR))
+        for name in sorted(sizes, key=lambda name: (sizes[name], name))
+    ]
