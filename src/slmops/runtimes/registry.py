@@ -1,0 +1,111 @@
+"""Runtimes by name, imported when they are asked for.
+
+A name is one of three things, tried in this order:
+
+1. a built-in name (`BUILT_IN`),
+2. `module:attribute`, such as ``slmops.testing.engine:FakeRuntime``,
+3. the name of an entry point in the group ``slmops.runtimes``.
+
+Each leads to a class without arguments that keeps the port `slmops.runtimes.ports.Runtime`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib import metadata
+from pathlib import Path
+
+from slmops.core.errors import NotFoundError, RuntimeLoadError
+from slmops.runtimes.ports import Engine, EngineLimits, EngineSpec, Runtime
+
+ENTRY_POINT_GROUP = "slmops.runtimes"
+
+BUILT_IN: dict[str, str] = {"llama.cpp": "slmops.runtimes.llama_cpp.adapter:LlamaCppRuntime"}
+
+#: Built-in name to the extra that installs its binding.
+EXTRAS: dict[str, str] = {"llama.cpp": "llama-cpp"}
+
+
+def names() -> list[str]:
+    """Names that `load` knows without a colon: built-in ones and those of entry points."""
+    return sorted({*BUILT_IN, *(point.name for point in metadata.entry_points(group=ENTRY_POINT_GROUP))})
+
+
+def load(name: str) -> Runtime:
+    """Load a runtime by name. Imports its adapter, never its binding.
+
+    Raises:
+        NotFoundError: no such runtime, or `module:attribute` does not lead to one.
+        RuntimeLoadError: the runtime is known but its binding is not installed.
+    """
+    target = BUILT_IN.get(name) or (name if ":" in name else _entry_point(name))
+    module_name, _, attribute = target.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise NotFoundError(
+            f"runtime {name!r} could not be imported from {target!r}: {error}",
+            hint="use module:attribute of a class that is a slmops.runtimes.Runtime",
+            runtime=name,
+        ) from error
+    runtime = factory()
+    if not isinstance(runtime, Runtime):
+        raise NotFoundError(
+            f"runtime {name!r}: expected a slmops.runtimes.Runtime, got {type(runtime).__name__}",
+            hint="use module:attribute of a class that is a slmops.runtimes.Runtime",
+            runtime=name,
+        )
+    try:
+        runtime.version()
+    except metadata.PackageNotFoundError as error:
+        extra = EXTRAS.get(name)
+        hint = f'pip install "slmops[{extra}]"' if extra else f"install what {name!r} needs"
+        raise RuntimeLoadError(
+            f"runtime {name!r} needs {error.name!r}, which is not installed", hint=hint, runtime=name
+        ) from error
+    return runtime
+
+
+def _entry_point(name: str) -> str:
+    for point in metadata.entry_points(group=ENTRY_POINT_GROUP, name=name):
+        return point.value
+    raise NotFoundError(
+        f"unknown runtime {name!r}: known are {', '.join(names())}",
+        hint="check the spelling, or give module:attribute",
+        runtime=name,
+    )
+
+
+@asynccontextmanager
+async def open_engine(
+    spec: EngineSpec,
+    *,
+    workdir: Path | None = None,
+    limits: EngineLimits | None = None,
+    timeout_s: float = 120.0,
+) -> AsyncIterator[Engine]:
+    """Start an engine, wait until it is ready, stop it at the end, whatever happens in between.
+
+    Args:
+        spec: what to load.
+        workdir: existing folder for sockets and log; a temporary one that is removed afterwards when None.
+        limits: what the child may use.
+        timeout_s: for loading.
+    """
+    made = None if workdir else Path(tempfile.mkdtemp(prefix="slmops-engine-"))
+    folder = workdir or made
+    assert folder is not None
+    try:
+        engine = await load(spec.runtime).start(spec, folder, limits)
+        try:
+            await engine.wait_ready(timeout_s)
+            yield engine
+        finally:
+            await engine.stop()
+    finally:
+        if made:
+            shutil.rmtree(made, ignore_errors=True)
