@@ -12,6 +12,7 @@ import httpx
 import pytest
 from tests.support.agent_process import AgentProcess, make_bad_release, make_release
 
+from slmops.cli.demo.load import ask
 from slmops.core.device.machine import Phase
 from slmops.testing.control_plane import FakeControlPlane
 from slmops.testing.releases import SignedReleases
@@ -274,16 +275,14 @@ class _Load:
         self._thread.join(60)
 
     def _run(self) -> None:
-        body = {"model": "assistant", "messages": [{"role": "user", "content": "capital of Finland"}], "max_tokens": 32}
-        while not self._stop.is_set():
-            try:
-                response = httpx.post(f"{self._url}/chat/completions", json=body, timeout=120.0, trust_env=False)
-                response.raise_for_status()
-                self.answers.append(response.json()["choices"][0]["message"]["content"])
-                self.served += 1
-            except httpx.HTTPError as error:
-                self.failed.append(repr(error))
-            self._stop.wait(0.02)
+        with httpx.Client(base_url=self._url, timeout=120.0, trust_env=False) as client:
+            while not self._stop.is_set():
+                try:
+                    self.answers.append(ask(client, "assistant", "capital of Finland", stream=self.served % 2 == 0)[0])
+                    self.served += 1
+                except (httpx.HTTPError, ValueError) as error:
+                    self.failed.append(repr(error))
+                self._stop.wait(0.02)
 
 
 def _until_journal(device: AgentProcess, phase: Phase, digest: str | None) -> None:

@@ -24,6 +24,7 @@ from slmops.agent.store.slots import Slot, read_slot
 from slmops.core.device.machine import SlotName
 from slmops.core.errors import BusyError, RuntimeLoadError, SlmopsError
 from slmops.runtimes import Capabilities, Engine, EngineLimits, EngineSpec, load
+from slmops.runtimes.connect import engine_client
 
 #: longest that a request waits for a backend (cold swap, restart of a dead engine), seconds
 QUEUE_TIMEOUT_S = 120.0
@@ -47,6 +48,10 @@ class Backend:
     in_flight: int = 0
     failed: int = 0
     empty: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        """Never more requests inside the engine than it has connection threads for: the others wait here."""
+        self.room = asyncio.Semaphore(self.engine.spec.max_requests)
 
     @property
     def release(self) -> str:
@@ -96,7 +101,8 @@ class Router:
             backend.in_flight += 1
             backend.empty.clear()
         try:
-            yield backend
+            async with backend.room:
+                yield backend
         finally:
             backend.in_flight -= 1
             if backend.in_flight == 0:
@@ -198,6 +204,7 @@ class EngineKeeper:
             threads=self._config.threads,
             batch_tokens=max(serving.micro_batch_tokens, 64),
             ubatch_tokens=serving.micro_batch_tokens,
+            embeddings=True,
         )
         workdir = self._layout.engines / name
         _empty_folder(workdir)
@@ -208,8 +215,7 @@ class EngineKeeper:
         except BaseException:
             await engine.stop(grace_s=0.5)
             raise
-        transport = httpx.AsyncHTTPTransport(uds=str(engine.socket_path), limits=httpx.Limits(max_connections=None, max_keepalive_connections=32))
-        client = httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=httpx.Timeout(600.0, connect=5.0))
+        client = engine_client(engine.socket_path)
         return Backend(name, slot, engine, runtime.capabilities, client, self._system_prompt(slot))
 
     def _system_prompt(self, slot: Slot) -> str:

@@ -67,6 +67,8 @@ _SCALARS = {
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4
 _MAX_TENSORS = 1 << 20
+#: arrays up to this length are kept: one number for each layer fits, a vocabulary does not
+_KEPT_ELEMENTS = 1024
 #: arrays inside arrays; nobody writes more than one level
 _MAX_ARRAY_DEPTH = 4
 
@@ -119,7 +121,7 @@ class GgufLayout:
     """A parsed header.
 
     Attributes:
-        metadata: key to value; arrays longer than 64 elements are kept as their length only (an int).
+        metadata: key to value; arrays longer than 1024 elements are kept as their length only (an int).
         array_lengths: length of every array.
         tensors: by offset.
         tensors_start: where the header (with its padding) ends, bytes.
@@ -142,12 +144,14 @@ class GgufLayout:
         """An integer of the architecture's section, such as ``block_count``.
 
         Raises:
-            BaseModelError: the key is missing and there is no default.
+            BaseModelError: the key is missing and there is no default, or it is no positive number.
         """
-        value = self.metadata.get(f"{self.architecture}.{key}", default)
-        if isinstance(value, list) and value:
-            value = max((v for v in value if isinstance(v, int)), default=None)
-        if not isinstance(value, int):
+        name = f"{self.architecture}.{key}"
+        value: Value | None = self.metadata.get(name, default)
+        if name in self.array_lengths:  # one number for each layer: memory must hold the largest
+            layers = value if isinstance(value, list) else []
+            value = max((v for v in layers if isinstance(v, int)), default=None)
+        if not isinstance(value, int) or value <= 0:
             raise BaseModelError(
                 f"GGUF metadata has no {self.architecture or '?'}.{key}",
                 hint="use a complete llama.cpp GGUF, not an adapter or a vocabulary file",
@@ -217,7 +221,7 @@ class _Cursor:
                 hint="the file is damaged or newer than GGUF 3",
             )
         element, count = self.u32(), self.u64()
-        if count <= 64:
+        if count <= _KEPT_ELEMENTS:
             return [self.value(element, depth + 1)[0] for _ in range(count)], count
         if element in _SCALARS:
             self.take(count * struct.calcsize(_SCALARS[element]), keep=False)

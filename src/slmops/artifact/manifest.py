@@ -22,8 +22,8 @@ from slmops.core.errors import TrustError
 SCHEMA = 1
 MAX_DOCUMENT_BYTES = 16 << 20
 
-# Checked by msgspec when a document is read, so that nothing further down can meet a name that is a path out
-# of its folder, a digest that is none, or a negative size. "\Z", because "$" lets a trailing line break through.
+# Checked by msgspec when a document is read, so that nothing further down can meet a name that leads out of
+# its folder, a digest that is none, or a negative size. "\Z", because "$" lets a trailing line break through.
 Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]

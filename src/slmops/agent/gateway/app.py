@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import struct
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -70,19 +70,18 @@ class Gateway:
             except SlmopsError as error:
                 response = openai_error(500, error.message, kind="server_error", code=error.code)
             if isinstance(response, StreamingResponse):
-                response.body_iterator = self._counted(response, route, began)
+                response.body_iterator = self._counted(response.body_iterator, response.status_code, route, began)
             else:
                 self._measures.count(route, response.status_code, time.perf_counter() - began)
             return response
 
         return endpoint
 
-    async def _counted(self, response: StreamingResponse, route: str, began: float) -> AsyncIterator[Any]:
+    async def _counted(self, parts: AsyncIterable[Any], status: int, route: str, began: float) -> AsyncIterator[Any]:
         """Count a stream when its last byte has gone."""
-        status, first = response.status_code, True
-        iterator = response.body_iterator
+        first = True
         try:
-            async for part in iterator:
+            async for part in parts:
                 if first:
                     self._measures.first_token.observe(time.perf_counter() - began)
                     first = False
@@ -167,8 +166,12 @@ class Gateway:
         texts, encoding = parse_embeddings(body)
         async with self._router.borrow() as backend:
             check_model(body, model_names(backend))
+            sizes = [len(await backend.engine.tokenize(text)) for text in texts]
+            longest = backend.engine.spec.ubatch_tokens - 2  # one micro-batch, with the tokens around a sentence
+            if max(sizes) > longest:
+                raise BadRequest(400, f"an input has {max(sizes)} tokens, this device embeds at most {longest}", param="input", code="context_length_exceeded")
             vectors = await backend.engine.embed(texts)
-            tokens = sum([len(await backend.engine.tokenize(text)) for text in texts])
+            tokens = sum(sizes)
         items = [
             {"object": "embedding", "index": i, "embedding": v if encoding == "float" else base64.b64encode(struct.pack(f"<{len(v)}f", *v)).decode()}
             for i, v in enumerate(vectors)

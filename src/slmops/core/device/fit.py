@@ -5,7 +5,7 @@ differ where their facts differ. Memory follows llama.cpp's own allocation:
 
     weights + KV cache + compute buffers + what the runtime needs before it has a model
 
-* KV cache: ``context x layers x (k_width + v_width) x bytes per element`` of the cache type (quantised types
+* KV cache: ``conversations x context x layers x (k_width + v_width) x bytes per element`` of the cache type (quantised types
   carry their block scale: q8_0 is 34 bytes for 32 elements).
 * compute buffers: the logits of one micro-batch plus the widest activations of one micro-batch.
 * decode speed: every token reads all weights once and the KV cache filled so far, so bandwidth bounds it
@@ -75,7 +75,7 @@ class Serving:
     Attributes:
         context_tokens: context of one conversation.
         kv_cache: element type of the KV cache, a key of :data:`KV_TYPES`.
-        parallel: conversations at once; they share one unified cache.
+        parallel: conversations at once; each has a context of its own, so the cache is this many times larger.
         micro_batch_tokens: prompt tokens computed at once.
     """
 
@@ -134,9 +134,9 @@ class Fit:
 
 
 def kv_cache_bytes(shape: ModelShape, serving: Serving) -> int:
-    """Bytes of the KV cache for one unified context, padded by the engine to 256 tokens."""
+    """Bytes of the KV cache of all conversations; the engine pads each context to 256 tokens."""
     block_bytes, block_elements = KV_TYPES[serving.kv_cache]
-    tokens = -(-serving.context_tokens // 256) * 256
+    tokens = -(-serving.context_tokens // 256) * 256 * serving.parallel
     elements = tokens * shape.layers * (shape.k_width + shape.v_width)
     return elements * block_bytes // block_elements
 
@@ -153,14 +153,14 @@ def memory_needed(shape: ModelShape, serving: Serving) -> Memory:
 
 
 def predict_decode_tps(shape: ModelShape, serving: Serving, bandwidth_bytes_s: float) -> float:
-    """Decode tokens per second at half the context.
+    """Decode tokens per second of one conversation at half its context.
 
     Args:
         shape: the model.
         serving: its context and cache type.
         bandwidth_bytes_s: effective read rate, bytes per second.
     """
-    read_bytes = shape.weights_bytes + kv_cache_bytes(shape, serving) / 2
+    read_bytes = shape.weights_bytes + kv_cache_bytes(shape, serving) / serving.parallel / 2
     return bandwidth_bytes_s / read_bytes
 
 

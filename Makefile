@@ -1,0 +1,41 @@
+# One environment for everything: .venv in the checkout. Every target sets up what it needs.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+NAME ?=
+
+.PHONY: demo test check bench docs clean help
+
+help:            ## what there is
+	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+
+$(STAMP): pyproject.toml constraints/dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints/dev.txt --editable '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)   ## the main job, end to end (make demo ARGS="--fast --out s.json")
+	$(BIN)/slmops demo $(ARGS)
+
+test: $(STAMP)   ## all tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+check: $(STAMP)  ## ruff, mypy --strict, import-linter, fast tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -n 2 -q -m "not model and not e2e and not slow" $(ARGS)
+
+bench: $(STAMP)  ## one promise measured (make bench NAME=gateway)
+	@test -n "$(NAME)" || { echo "make bench NAME=$$(ls bench/*.py | xargs -n1 basename | sed 's/\.py//' | paste -sd'|')"; exit 2; }
+	$(BIN)/python bench/$(NAME).py $(ARGS)
+
+docs: $(STAMP)   ## generate what is generated, and check the rest
+	$(BIN)/python docs/generate.py
+	$(BIN)/python -m pytest -q tests/docs
+
+clean:           ## remove what these targets made
+	rm -rf $(VENV) .demo .slmops-cache build dist releases .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
