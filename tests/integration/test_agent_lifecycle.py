@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.support.agent_process import AgentProcess, make_bad_release, make_release
+from slmops.testing.agent_process import AgentProcess, make_bad_release, make_release
 
 from slmops.cli.demo.load import ask
 from slmops.core.device.machine import Phase

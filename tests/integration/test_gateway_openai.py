@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from tests.support.agent_process import AgentProcess
+from slmops.testing.agent_process import AgentProcess
 
 from slmops.artifact.gguf_layout import parse_gguf
 from slmops.protocol.messages import ServingSettings

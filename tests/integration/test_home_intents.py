@@ -1,4 +1,4 @@
-"""The example's data set: the same bytes for a seed, gold labels that hassil itself confirms, and an honest split."""
+"""The example's data: same bytes for a seed, gold labels that hassil itself confirms, an honest split."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_hassil_recognises_the_gold_answer(folder: Path) -> None:
 
 @pytest.mark.model
 def test_adapter_answers_held_out_commands(folder: Path, small_model: Path) -> None:
-    """On the first 40 held-out commands the committed adapter is exact on more than a third; the base on none."""
+    """On 40 held-out commands the committed adapter is exact on more than a third, the base on none."""
     pytest.importorskip("xllamacpp")
     adapter = EXAMPLE / "adapter" / "home-intents-r8.gguf"
     assert adapter.stat().st_size <= 6_000_000
@@ -170,10 +170,10 @@ def test_adapter_answers_held_out_commands(folder: Path, small_model: Path) -> N
     assert provenance["base"]["sha256"] == hashlib.sha256(small_model.read_bytes()).hexdigest()
 
     def exact_ratio(*options: str) -> float:
+        files = ["--eval", str(folder / "eval.jsonl"), "--schema", str(folder / "answer.schema.json")]
+        files += ["--limit", "40"]
         done = subprocess.run(
-            [sys.executable, str(EXAMPLE / "measure.py"), "--model", str(small_model)]
-            + ["--eval", str(folder / "eval.jsonl"), "--schema", str(folder / "answer.schema.json")]
-            + ["--limit", "40", *options],
+            [sys.executable, str(EXAMPLE / "measure.py"), "--model", str(small_model), *files, *options],
             check=True,
             capture_output=True,
             text=True,

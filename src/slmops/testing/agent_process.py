@@ -1,4 +1,4 @@
-"""A real agent process on a real folder, for tests."""
+"""A real agent process on a real folder, for tests and benches: started, asked, killed."""
 
 from __future__ import annotations
 
