@@ -59,6 +59,7 @@ class Driver:
         self._lock = asyncio.Lock()
         self._commands: asyncio.Queue[Command] = asyncio.Queue()
         self._running: tuple[Command, asyncio.Task[Event | None]] | None = None
+        self._overtaken = False
         #: set whenever something changed that the control plane should hear of soon
         self.report_soon = asyncio.Event()
 
@@ -122,10 +123,12 @@ class Driver:
             self.report_soon.set()
         if not work:
             return
-        while not self._commands.empty():  # what was planned before is overtaken
-            self._commands.get_nowait()
+        planned = [self._commands.get_nowait() for _ in range(self._commands.qsize())]
+        for command in planned:  # steps towards the old goal are overtaken; settling what serves is not
+            if command not in CANCELLABLE:
+                self._commands.put_nowait(command)
         if self._running is not None and self._running[0] in CANCELLABLE and self._running[1] is not asyncio.current_task():
-            self._running[1].cancel()
+            self._overtaken = self._running[1].cancel()
         for command in work:
             self._commands.put_nowait(command)
 
@@ -143,11 +146,9 @@ class Driver:
         try:
             return await task
         except asyncio.CancelledError:
-            if not task.cancelled():  # it is us who are being stopped
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await task
+            if not self._overtaken:  # it is the driver that is being stopped
                 raise
+            self._overtaken = False
             log.info("%s was overtaken", command.value)
             return None
         except SlmopsError as error:

@@ -1,0 +1,111 @@
+"""The command line's promises: help with examples, one error form, exit codes by family."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import click
+import pytest
+
+from slmops.cli.main import NOUNS, main, root
+from slmops.cli.release.group import parse_waivers
+from slmops.cli.server.group import parse_listen
+from slmops.core.errors import UsageError
+
+
+def _run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    try:
+        main(list(arguments))
+        code = 0
+    except SystemExit as exit_:
+        code = int(exit_.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def _verbs(command: click.Command, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], click.Command]]:
+    if not isinstance(command, click.Group):
+        return [(path, command)]
+    context = click.Context(command)
+    found = []
+    for name in command.list_commands(context):
+        child = command.get_command(context, name)
+        assert child is not None
+        found += _verbs(child, (*path, name))
+    return found
+
+
+@pytest.mark.parametrize(("path", "command"), _verbs(root), ids=lambda v: " ".join(v) if isinstance(v, tuple) else "")
+def test_every_verb_has_help(path: tuple[str, ...], command: click.Command, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = _run(capsys, *path, "--help")
+    assert code == 0
+    assert "Usage: slmops" in out
+    assert command.help
+
+
+def test_every_noun_loads() -> None:
+    context = click.Context(root)
+    for noun in NOUNS:
+        command = root.get_command(context, noun)  # type: ignore[attr-defined]
+        assert command is not None and command.name == noun
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["agent", "nonsense"], ["release", "create"], ["server", "run"], ["rollout", "show", "--bad-option"]])
+def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = _run(capsys, *arguments)
+    assert code == 2
+    assert "Usage" in err or "Error" in err
+
+
+def test_an_unenrolled_folder_says_how_to_enrol(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = _run(capsys, "agent", "status", "--dir", str(tmp_path))
+    assert code == 2
+    assert "error[usage.not_found]" in err
+    assert "fix: run: slmops agent enroll" in err
+
+
+def test_errors_are_json_when_json_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = _run(capsys, "agent", "status", "--dir", str(tmp_path), "--json")
+    assert code == 2 and out == ""
+    assert json.loads(err)["error"]["code"] == "usage.not_found"
+
+
+def test_no_token_is_exit_code_4(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    code, _, err = _run(capsys, "device", "list")
+    assert code == 4
+    assert "slmops server token create" in err
+
+
+def test_an_unreachable_control_plane_is_exit_code_75(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:  # bound, but nobody listens
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("SLMOPS_TOKEN", "slm_test")
+        code, _, err = _run(capsys, "device", "list", "--server", f"http://127.0.0.1:{taken.getsockname()[1]}")
+    assert code == 75
+    assert "slmops server run" in err
+
+
+def test_profiles_are_listed_for_people_and_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = _run(capsys, "profile", "list", "--json")
+    assert code == 0
+    assert {"pi-zero2-512mb", "pi5-8gb", "n100-16gb"} <= {p["name"] for p in json.loads(out)}
+    code, out, _ = _run(capsys, "profile", "list")
+    assert code == 0 and "pi5-8gb" in out
+
+
+def test_a_waiver_needs_a_reason() -> None:
+    assert parse_waivers(("kld.mean",), ("pilot",)) == {"kld.mean": "pilot"}
+    for reasons in ((), ("",), ("a", "b")):
+        with pytest.raises(UsageError, match="reason"):
+            parse_waivers(("kld.mean",), reasons)
+
+
+@pytest.mark.parametrize("listen", ["8420", "host", ":8420", "host:", "host:x"])
+def test_listen_needs_host_and_port(listen: str) -> None:
+    assert parse_listen("127.0.0.1:0") == ("127.0.0.1", 0)
+    assert parse_listen("[::1]:80") == ("::1", 80)
+    with pytest.raises(UsageError, match="HOST:PORT"):
+        parse_listen(listen)
