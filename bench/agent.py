@@ -49,8 +49,26 @@ def main() -> None:
     print_results(
         "agent",
         [
-            result("idle memory without a model", memory["ours"], memory["peer"], "an empty Starlette application", "MB", memory["ours"] / memory["peer"], "<= 60 MB", memory["ours"] <= 60),
-            result("idle CPU", share["ours"] * 100, share["peer"] * 100, "an empty Starlette application", "% of a core", share["ours"] / max(share["peer"], 1e-4), "<= 0.5 %", share["ours"] <= 0.005),
+            result(
+                "idle memory without a model",
+                memory["ours"],
+                memory["peer"],
+                "an empty Starlette application",
+                "MB",
+                memory["ours"] / memory["peer"],
+                "<= 60 MB",
+                memory["ours"] <= 60,
+            ),
+            result(
+                "idle CPU",
+                share["ours"] * 100,
+                share["peer"] * 100,
+                "an empty Starlette application",
+                "% of a core",
+                share["ours"] / max(share["peer"], 1e-4),
+                "<= 0.5 %",
+                share["ours"] <= 0.005,
+            ),
         ],
     )
 

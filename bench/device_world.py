@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from slmops.artifact.gguf_layout import parse_gguf
-
 from slmops.protocol.documents import Recipe, load_one
 from slmops.protocol.messages import ServingSettings
 from slmops.testing.agent_process import AgentProcess
@@ -21,7 +20,9 @@ from slmops.testing.control_plane import FakeControlPlane
 from slmops.testing.releases import MadeRelease, SignedReleases
 
 MODEL = "smol"
-SERVING = ServingSettings(context_tokens=1024, kv_cache="q8_0", parallel=2, micro_batch_tokens=64, system_prompt="default")
+SERVING = ServingSettings(
+    context_tokens=1024, kv_cache="q8_0", parallel=2, micro_batch_tokens=64, system_prompt="default"
+)
 _QUESTIONS = {"What is the capital of France?": "The capital of France is Paris."}
 _RECIPE = Path(__file__).parents[1] / "examples" / "home-intents" / "recipe.yaml"
 
@@ -78,12 +79,25 @@ def roll_out(plane: FakeControlPlane, made: MadeRelease, generation: int) -> Non
     """Assign a release and wait until the device has committed it."""
     plane.assignment = made.assignment(generation, serving=SERVING)
     digest = plane.assignment.assignment_digest
-    plane.wait_for(lambda p: p.last is not None and p.last.phase == "committed" and p.last.running == digest, 180)
+    plane.wait_for(
+        lambda p: p.last is not None and p.last.phase == "committed" and p.last.running == digest, 180
+    )
 
 
-def result(case: str, ours: float, peer: float, peer_name: str, unit: str, ratio: float, promise: str, holds: bool) -> dict[str, Any]:
+def result(
+    case: str, ours: float, peer: float, peer_name: str, unit: str, ratio: float, promise: str, holds: bool
+) -> dict[str, Any]:
     """One row of a bench's result."""
-    return {"case": case, "ours": round(ours, 4), "peer": round(peer, 4), "peer_name": peer_name, "unit": unit, "ratio": round(ratio, 4), "promise": promise, "holds": holds}
+    return {
+        "case": case,
+        "ours": round(ours, 4),
+        "peer": round(peer, 4),
+        "peer_name": peer_name,
+        "unit": unit,
+        "ratio": round(ratio, 4),
+        "promise": promise,
+        "holds": holds,
+    }
 
 
 def print_results(bench: str, results: list[dict[str, Any]]) -> None:

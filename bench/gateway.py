@@ -22,7 +22,10 @@ def stream(client: httpx.Client, path: str, turn: int) -> tuple[float, float]:
     """One streamed answer: (seconds to the first token, tokens per second after it)."""
     body = {
         "model": MODEL,
-        "messages": [{"role": "system", "content": "You are brief."}, {"role": "user", "content": f"Count upwards from {turn}."}],
+        "messages": [
+            {"role": "system", "content": "You are brief."},
+            {"role": "user", "content": f"Count upwards from {turn}."},
+        ],
         "max_tokens": DECODE_TOKENS,
         "temperature": 0,
         "ignore_eos": True,
@@ -57,7 +60,11 @@ def main() -> None:
         made = add_release(releases, "1.0.0", "You are brief.")
         agent.start()
         roll_out(plane, made, 1)
-        bare = httpx.Client(transport=httpx.HTTPTransport(uds=str(engine_socket(agent.layout.engines))), base_url="http://engine", timeout=120)
+        bare = httpx.Client(
+            transport=httpx.HTTPTransport(uds=str(engine_socket(agent.layout.engines))),
+            base_url="http://engine",
+            timeout=120,
+        )
         ours = httpx.Client(base_url=agent.url.removesuffix("/v1"), timeout=120, trust_env=False)
         samples: dict[str, list[tuple[float, float]]] = {"bare": [], "ours": []}
         path = "/v1/chat/completions"
@@ -66,17 +73,41 @@ def main() -> None:
             order = [("bare", bare), ("ours", ours)] if turn % 2 else [("ours", ours), ("bare", bare)]
             for offset, (name, client) in enumerate(order):
                 samples[name].append(stream(client, path, turn * 10 + offset))
-                print(f"round {turn} {name}: first token {samples[name][-1][0] * 1000:.1f} ms, {samples[name][-1][1]:.1f} tokens/s", flush=True)
+                print(
+                    f"round {turn} {name}: first token {samples[name][-1][0] * 1000:.1f} ms, {samples[name][-1][1]:.1f} tokens/s",
+                    flush=True,
+                )
         bare.close(), ours.close()
     tps = {name: statistics.median(t for _, t in values) for name, values in samples.items()}
     ratio = statistics.median(o / b for (_, o), (_, b) in zip(samples["ours"], samples["bare"], strict=True))
-    added = statistics.median(o - b for (o, _), (b, _) in zip(samples["ours"], samples["bare"], strict=True)) * 1000
+    added = (
+        statistics.median(o - b for (o, _), (b, _) in zip(samples["ours"], samples["bare"], strict=True))
+        * 1000
+    )
     ttft = {name: statistics.median(t for t, _ in values) * 1000 for name, values in samples.items()}
     print_results(
         "gateway",
         [
-            result("decode", tps["ours"], tps["bare"], "the same engine without the gateway", "tokens/s", ratio, ">= 0.98", ratio >= 0.98),
-            result("added time to first token", ttft["ours"], ttft["bare"], "the same engine without the gateway", "ms", ttft["ours"] / ttft["bare"], f"<= 3 ms added (median of pairs: {added:.2f} ms)", added <= 3),
+            result(
+                "decode",
+                tps["ours"],
+                tps["bare"],
+                "the same engine without the gateway",
+                "tokens/s",
+                ratio,
+                ">= 0.98",
+                ratio >= 0.98,
+            ),
+            result(
+                "added time to first token",
+                ttft["ours"],
+                ttft["bare"],
+                "the same engine without the gateway",
+                "ms",
+                ttft["ours"] / ttft["bare"],
+                f"<= 3 ms added (median of pairs: {added:.2f} ms)",
+                added <= 3,
+            ),
         ],
     )
 

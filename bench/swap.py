@@ -26,14 +26,19 @@ def ours() -> tuple[int, int, float]:
         first = add_release(releases, "1.0.0", "You are brief.")
         agent.start()
         roll_out(plane, first, 1)
-        load_client = LoadClient({f"client-{i}": agent.url for i in range(CLIENTS)}, MODEL, ["Name a colour.", "Name an animal."])
+        load_client = LoadClient(
+            {f"client-{i}": agent.url for i in range(CLIENTS)}, MODEL, ["Name a colour.", "Name an animal."]
+        )
         load_client.start()
         began = time.monotonic()
         # release_seq must not fall without a grant, so each swap is a release of its own; the weights are the same file.
         for swap in range(SWAPS):
             following = add_release(releases, f"2.0.{swap}", f"You are brief, edition {swap}.")
             roll_out(plane, following, swap + 2)
-            print(f"swap {swap + 1}/{SWAPS}: {load_client.tally.served} served, {load_client.tally.failed} failed", flush=True)
+            print(
+                f"swap {swap + 1}/{SWAPS}: {load_client.tally.served} served, {load_client.tally.failed} failed",
+                flush=True,
+            )
         seconds = time.monotonic() - began
         tally = load_client.stop()
         for problem in tally.problems:
@@ -44,7 +49,9 @@ def ours() -> tuple[int, int, float]:
 async def stop_and_start() -> tuple[int, int]:
     """(served, failed) of the peer: one engine, stopped and started for each swap, the client on its socket."""
     runtime = load("llama.cpp")
-    spec = EngineSpec(runtime="llama.cpp", model_path=small_model(), context_tokens=1024, kv_cache="q8_0", ubatch_tokens=64)
+    spec = EngineSpec(
+        runtime="llama.cpp", model_path=small_model(), context_tokens=1024, kv_cache="q8_0", ubatch_tokens=64
+    )
     served = failed = 0
     stop = threading.Event()
     with tempfile.TemporaryDirectory(prefix="slmops-bench-") as folder:
@@ -53,7 +60,11 @@ async def stop_and_start() -> tuple[int, int]:
 
         async def ask_for_ever() -> None:
             nonlocal served, failed
-            body = {"model": MODEL, "messages": [{"role": "user", "content": "Name a colour."}], "max_tokens": 48}
+            body = {
+                "model": MODEL,
+                "messages": [{"role": "user", "content": "Name a colour."}],
+                "max_tokens": 48,
+            }
             while not stop.is_set():
                 try:
                     async with engine_client(engine.socket_path) as client:
@@ -81,7 +92,21 @@ def main() -> None:
     peer_served, peer_failed = asyncio.run(stop_and_start())
     print(f"ours: {served} served in {seconds:.0f} s; peer: {peer_served} served")
     ratio = failed / max(peer_failed, 1)
-    print_results("swap", [result(f"failed requests across {SWAPS} swaps", failed, peer_failed, "stop and start in place", "requests", ratio, "0 failed", failed == 0 and served > 0)])
+    print_results(
+        "swap",
+        [
+            result(
+                f"failed requests across {SWAPS} swaps",
+                failed,
+                peer_failed,
+                "stop and start in place",
+                "requests",
+                ratio,
+                "0 failed",
+                failed == 0 and served > 0,
+            )
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from slmops.testing.agent_process import AgentProcess, make_bad_release, make_release
 
 from slmops.cli.demo.load import ask
 from slmops.core.device.machine import Phase
+from slmops.testing.agent_process import AgentProcess, make_bad_release, make_release
 from slmops.testing.control_plane import FakeControlPlane
 from slmops.testing.releases import SignedReleases
 
@@ -68,7 +68,9 @@ def test_takes_a_first_release_and_serves_it(device: AgentProcess, plane: FakeCo
     assert outcome.golden is not None and outcome.golden.own_passed == 3 and outcome.golden.own_failed == 0
 
 
-def test_an_update_takes_known_chunks_from_the_active_slot(device: AgentProcess, plane: FakeControlPlane, first, second) -> None:
+def test_an_update_takes_known_chunks_from_the_active_slot(
+    device: AgentProcess, plane: FakeControlPlane, first, second
+) -> None:
     """Only what is not on the device moves; a client that asks all the time sees no failure."""
     device.start()
     _commit(plane, first, 1)
@@ -83,7 +85,9 @@ def test_an_update_takes_known_chunks_from_the_active_slot(device: AgentProcess,
     assert device.journal().state.previous is not None
 
 
-def test_a_bad_release_is_refused_by_the_committed_pack(device: AgentProcess, plane: FakeControlPlane, first, bad) -> None:
+def test_a_bad_release_is_refused_by_the_committed_pack(
+    device: AgentProcess, plane: FakeControlPlane, first, bad
+) -> None:
     """It passes its own golden pack, and is still refused; nobody ever gets its answer; it is quarantined."""
     device.start()
     _commit(plane, first, 1)
@@ -104,7 +108,9 @@ def test_a_bad_release_is_refused_by_the_committed_pack(device: AgentProcess, pl
     assert device.answer() == "Helsinki"
 
 
-def test_a_device_too_small_refuses_before_the_first_byte(tmp_path: Path, plane: FakeControlPlane, first) -> None:
+def test_a_device_too_small_refuses_before_the_first_byte(
+    tmp_path: Path, plane: FakeControlPlane, first
+) -> None:
     with AgentProcess(tmp_path / "small", plane, ram_limit_bytes=50 << 20) as device:
         device.start()
         plane.fetched.clear()
@@ -117,14 +123,22 @@ def test_a_device_too_small_refuses_before_the_first_byte(tmp_path: Path, plane:
         assert not chunk_digests & set(plane.fetched)
 
 
-PHASES = (Phase.ADMISSION, Phase.DOWNLOADING, Phase.VERIFYING, Phase.STAGED, Phase.ACTIVATING, Phase.PROBATION, Phase.COMMITTED)
+PHASES = (
+    Phase.ADMISSION,
+    Phase.DOWNLOADING,
+    Phase.VERIFYING,
+    Phase.STAGED,
+    Phase.ACTIVATING,
+    Phase.PROBATION,
+    Phase.COMMITTED,
+)
 
 
 @pytest.mark.parametrize("phase", PHASES, ids=lambda p: p.value)
 def test_killed_in_a_phase_it_goes_on_and_serves_the_old_release_meanwhile(
     device: AgentProcess, plane: FakeControlPlane, first, second, phase: Phase
 ) -> None:
-    """kill -9 as soon as the journal shows the phase: after a restart the device serves at once and ends committed."""
+    """Kill -9 as soon as the journal shows the phase: after a restart the device serves at once and ends committed."""
     device.start()
     _commit(plane, first, 1)
     plane.faults.delay_chunk_s = 0.05
@@ -139,7 +153,9 @@ def test_killed_in_a_phase_it_goes_on_and_serves_the_old_release_meanwhile(
     plane.wait_for(lambda p: p.last is not None and p.last.phase == "committed" and p.last.running == digest)
 
 
-def test_killed_while_reverting_it_finishes_the_revert(device: AgentProcess, plane: FakeControlPlane, first, bad) -> None:
+def test_killed_while_reverting_it_finishes_the_revert(
+    device: AgentProcess, plane: FakeControlPlane, first, bad
+) -> None:
     device.start()
     _commit(plane, first, 1)
     plane.assignment = bad.assignment(2)
@@ -165,7 +181,9 @@ def test_a_kill_costs_at_most_one_chunk(device: AgentProcess, plane: FakeControl
     assert sum(count - 1 for digest, count in plane.fetched.items() if digest in large) <= 1
 
 
-def test_serves_without_the_control_plane_and_reverts_offline(tmp_path: Path, releases: SignedReleases, first, second) -> None:
+def test_serves_without_the_control_plane_and_reverts_offline(
+    tmp_path: Path, releases: SignedReleases, first, second
+) -> None:
     with FakeControlPlane(releases) as plane:
         device = AgentProcess(tmp_path / "device", plane)
         device.start()
@@ -184,7 +202,9 @@ def test_serves_without_the_control_plane_and_reverts_offline(tmp_path: Path, re
 
 
 @pytest.mark.parametrize("fault", ["flip_chunks", "truncate_chunks", "endless_chunks", "refuse_chunks"])
-def test_spoiled_downloads_are_fetched_again(device: AgentProcess, plane: FakeControlPlane, first, fault: str) -> None:
+def test_spoiled_downloads_are_fetched_again(
+    device: AgentProcess, plane: FakeControlPlane, first, fault: str
+) -> None:
     """Two bad answers in a row: wrong bytes are never kept, and the update ends well."""
     setattr(plane.faults, fault, 2)
     device.start()
@@ -192,7 +212,9 @@ def test_spoiled_downloads_are_fetched_again(device: AgentProcess, plane: FakeCo
     assert device.answer() == "Helsinki"
 
 
-def test_a_server_that_assigns_what_was_never_signed_is_refused(device: AgentProcess, plane: FakeControlPlane, first) -> None:
+def test_a_server_that_assigns_what_was_never_signed_is_refused(
+    device: AgentProcess, plane: FakeControlPlane, first
+) -> None:
     import msgspec
 
     device.start()
@@ -201,7 +223,9 @@ def test_a_server_that_assigns_what_was_never_signed_is_refused(device: AgentPro
     plane.wait_for(lambda p: any(r.outcome is not None for r in p.reports))
     outcome = next(r.outcome for r in plane.reports if r.outcome is not None)
     assert (outcome.status, outcome.code) == ("failed", "trust.digest")
-    plane.assignment = msgspec.structs.replace(honest, generation=2, serving=msgspec.structs.replace(honest.serving, context_tokens=256))
+    plane.assignment = msgspec.structs.replace(
+        honest, generation=2, serving=msgspec.structs.replace(honest.serving, context_tokens=256)
+    )
     plane.wait_for(lambda p: p.last is not None and p.last.generation == 2 and p.last.phase == "idle")
     _commit(plane, first, 3)
 
@@ -222,7 +246,9 @@ def test_an_engine_that_dies_is_started_again(device: AgentProcess, plane: FakeC
     assert device.answer() == "Helsinki"
 
 
-def test_a_release_whose_engine_crashes_is_reverted(device: AgentProcess, plane: FakeControlPlane, releases: SignedReleases, first, tmp_path: Path) -> None:
+def test_a_release_whose_engine_crashes_is_reverted(
+    device: AgentProcess, plane: FakeControlPlane, releases: SignedReleases, first, tmp_path: Path
+) -> None:
     """It loads, then dies on a golden prompt: content failure, old release still there."""
     crashing = make_release(releases, tmp_path, "9.0.0", faults={"crash_on_request": 40})
     device.start()
@@ -235,7 +261,9 @@ def test_a_release_whose_engine_crashes_is_reverted(device: AgentProcess, plane:
     assert device.answer() == "Helsinki"
 
 
-def test_memory_for_one_engine_swaps_cold_and_queues_requests(tmp_path: Path, plane: FakeControlPlane, first, second) -> None:
+def test_memory_for_one_engine_swaps_cold_and_queues_requests(
+    tmp_path: Path, plane: FakeControlPlane, first, second
+) -> None:
     """RAM for one model only: requests wait while it is swapped, none fails."""
     with AgentProcess(tmp_path / "tight", plane, ram_limit_bytes=150 << 20) as device:
         device.start()
@@ -252,7 +280,7 @@ def test_two_agents_on_one_folder_are_refused(device: AgentProcess, plane: FakeC
 
     device.start()
     command = [sys.executable, "-m", "slmops.cli.main", "agent", "run", "--dir", str(device.layout.root)]
-    second_agent = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    second_agent = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     assert second_agent.returncode == 75
     assert "another agent" in second_agent.stderr
 
@@ -278,7 +306,9 @@ class _Load:
         with httpx.Client(base_url=self._url, timeout=120.0, trust_env=False) as client:
             while not self._stop.is_set():
                 try:
-                    self.answers.append(ask(client, "assistant", "capital of Finland", stream=self.served % 2 == 0)[0])
+                    self.answers.append(
+                        ask(client, "assistant", "capital of Finland", stream=self.served % 2 == 0)[0]
+                    )
                     self.served += 1
                 except (httpx.HTTPError, ValueError) as error:
                     self.failed.append(repr(error))
@@ -293,7 +323,11 @@ def _until_journal(device: AgentProcess, phase: Phase, digest: str | None) -> No
     while time.monotonic() < end:
         state = device.journal().state
         target = state.committed if phase is Phase.COMMITTED else state.candidate
-        if state.phase is phase and (digest is None or (target is not None and target.assignment_digest == digest)):
+        if state.phase is phase and (
+            digest is None or (target is not None and target.assignment_digest == digest)
+        ):
             return
         time.sleep(0.001)
-    raise AssertionError(f"{phase.value} was not seen; now {device.journal().state.phase.value}\n{device.text()[-2000:]}")
+    raise AssertionError(
+        f"{phase.value} was not seen; now {device.journal().state.phase.value}\n{device.text()[-2000:]}"
+    )

@@ -61,8 +61,21 @@ def test_the_agent_loads_a_closed_list_of_modules_in_little_memory() -> None:
 
 
 def test_the_base_install_has_no_other_requirement() -> None:
-    """pyproject's dependencies are the device's: adding one is a decision (ADR 0008)."""
+    """Pyproject's dependencies are the device's: adding one is a decision (ADR 0008)."""
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     block = text[text.index("\ndependencies = [") : text.index("[project.optional-dependencies]")]
-    names = {line.strip().strip('",').split(">")[0] for line in block.splitlines() if line.strip().startswith('"')}
-    assert names == {"click", "cryptography", "httpx", "msgspec", "prometheus-client", "pyjwt", "rfc8785", "starlette", "tuf", "uvicorn"}
+    names = {
+        line.strip().strip('",').split(">")[0] for line in block.splitlines() if line.strip().startswith('"')
+    }
+    assert names == {
+        "click",
+        "cryptography",
+        "httpx",
+        "msgspec",
+        "prometheus-client",
+        "pyjwt",
+        "rfc8785",
+        "starlette",
+        "tuf",
+        "uvicorn",
+    }

@@ -12,16 +12,18 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from slmops.testing.agent_process import AgentProcess
 
 from slmops.artifact.gguf_layout import parse_gguf
 from slmops.protocol.messages import ServingSettings
+from slmops.testing.agent_process import AgentProcess
 from slmops.testing.control_plane import FakeControlPlane
 from slmops.testing.releases import SignedReleases
 
 pytestmark = [pytest.mark.model, pytest.mark.e2e, pytest.mark.xdist_group("gateway")]
 
-SERVING = ServingSettings(context_tokens=256, kv_cache="q8_0", parallel=2, micro_batch_tokens=64, system_prompt="default")
+SERVING = ServingSettings(
+    context_tokens=256, kv_cache="q8_0", parallel=2, micro_batch_tokens=64, system_prompt="default"
+)
 QUESTIONS = {"What is the capital of France?": "The capital of France is Paris."}
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -43,7 +45,10 @@ def device(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
             shape={name: getattr(shape, name) for name in shape.__dataclass_fields__},
         )
     )
-    with FakeControlPlane(releases) as plane, AgentProcess(tmp_path_factory.mktemp("gateway") / "device", plane) as agent:
+    with (
+        FakeControlPlane(releases) as plane,
+        AgentProcess(tmp_path_factory.mktemp("gateway") / "device", plane) as agent,
+    ):
         agent.start()
         plane.assignment = made.assignment(1, serving=SERVING)
         plane.wait_for(lambda p: p.last is not None and p.last.phase == "committed", 120)
@@ -52,7 +57,10 @@ def device(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture
 def client(device: AgentProcess) -> Iterator[openai.OpenAI]:
-    with httpx.Client(trust_env=False) as http, openai.OpenAI(base_url=device.url, api_key="none", http_client=http, max_retries=0) as made:
+    with (
+        httpx.Client(trust_env=False) as http,
+        openai.OpenAI(base_url=device.url, api_key="none", http_client=http, max_retries=0) as made,
+    ):
         yield made
 
 
@@ -64,7 +72,9 @@ def test_lists_and_retrieves_its_model(client: openai.OpenAI) -> None:
 
 
 def test_chats_and_says_which_release_answered(client: openai.OpenAI) -> None:
-    raw = client.chat.completions.with_raw_response.create(model="smol", messages=QUESTION, max_tokens=24, temperature=0)
+    raw = client.chat.completions.with_raw_response.create(
+        model="smol", messages=QUESTION, max_tokens=24, temperature=0
+    )
     answer = raw.parse()
     assert answer.choices[0].message.content
     assert answer.usage is not None and answer.usage.completion_tokens > 0
@@ -76,7 +86,12 @@ def test_streams_what_it_would_have_answered(client: openai.OpenAI) -> None:
     """Greedy, so the stream's text equals the whole answer's; usage comes last when asked for."""
     whole = client.chat.completions.create(model="smol", messages=QUESTION, max_tokens=24, temperature=0)
     stream = client.chat.completions.create(
-        model="smol", messages=QUESTION, max_tokens=24, temperature=0, stream=True, stream_options={"include_usage": True}
+        model="smol",
+        messages=QUESTION,
+        max_tokens=24,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
     )
     text, reasons, usage = "", [], None
     for chunk in stream:
@@ -91,25 +106,40 @@ def test_streams_what_it_would_have_answered(client: openai.OpenAI) -> None:
 
 def test_completes_plain_text_with_and_without_streaming(client: openai.OpenAI) -> None:
     whole = client.completions.create(model="smol", prompt="Once upon a", max_tokens=8, temperature=0)
-    pieces = client.completions.create(model="smol", prompt="Once upon a", max_tokens=8, temperature=0, stream=True)
+    pieces = client.completions.create(
+        model="smol", prompt="Once upon a", max_tokens=8, temperature=0, stream=True
+    )
     assert "".join(c.choices[0].text for c in pieces if c.choices) == whole.choices[0].text != ""
 
 
 def test_answers_in_the_form_of_a_json_schema(client: openai.OpenAI) -> None:
-    schema = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
     answer = client.chat.completions.create(
         model="smol",
         messages=QUESTION,
         max_tokens=60,
         temperature=0,
-        response_format={"type": "json_schema", "json_schema": {"name": "capital", "schema": schema, "strict": True}},
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "capital", "schema": schema, "strict": True},
+        },
     )
     assert set(json.loads(answer.choices[0].message.content or "")) == {"city"}
 
 
 def test_embeds_text(client: openai.OpenAI) -> None:
     """One unit vector for each text, near for near meanings (the client asks for base64 by default)."""
-    vectors = [item.embedding for item in client.embeddings.create(model="smol", input=["a red car", "a red car", "stock exchange"]).data]
+    vectors = [
+        item.embedding
+        for item in client.embeddings.create(
+            model="smol", input=["a red car", "a red car", "stock exchange"]
+        ).data
+    ]
     assert abs(sum(x * x for x in vectors[0]) - 1) < 1e-3
     dot = [sum(a * b for a, b in zip(vectors[0], other, strict=True)) for other in vectors[1:]]
     assert dot[0] > 0.999 > dot[1]
@@ -124,7 +154,9 @@ def test_an_unknown_model_is_404(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_prompt_beyond_the_context_is_400_and_never_cut(client: openai.OpenAI, stream: bool) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model="smol", messages=[{"role": "user", "content": "word " * 600}], stream=stream)
+        client.chat.completions.create(
+            model="smol", messages=[{"role": "user", "content": "word " * 600}], stream=stream
+        )
     assert caught.value.code == "context_length_exceeded"
 
 
@@ -132,14 +164,27 @@ def test_what_the_runtime_cannot_honour_is_refused_or_named(client: openai.OpenA
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="smol", messages=QUESTION, n=2)
     assert caught.value.param == "n"
-    raw = client.chat.completions.with_raw_response.create(model="smol", messages=QUESTION, max_tokens=2, extra_body={"made_up_field": 1})
+    raw = client.chat.completions.with_raw_response.create(
+        model="smol", messages=QUESTION, max_tokens=2, extra_body={"made_up_field": 1}
+    )
     assert raw.headers["X-Slmops-Ignored"] == "made_up_field"
-    assert "X-Slmops-Ignored" not in client.chat.completions.with_raw_response.create(model="smol", messages=QUESTION, max_tokens=2, user="u").headers
+    assert (
+        "X-Slmops-Ignored"
+        not in client.chat.completions.with_raw_response.create(
+            model="smol", messages=QUESTION, max_tokens=2, user="u"
+        ).headers
+    )
 
 
 @pytest.mark.parametrize(
     ("body", "param"),
-    [(b"{", None), (b"[]", None), (b"{}", "model"), (b'{"model": "smol"}', "messages"), (b'{"model": "smol", "messages": []}', "messages")],
+    [
+        (b"{", None),
+        (b"[]", None),
+        (b"{}", "model"),
+        (b'{"model": "smol"}', "messages"),
+        (b'{"model": "smol", "messages": []}', "messages"),
+    ],
 )
 def test_malformed_requests_get_an_openai_error(device: AgentProcess, body: bytes, param: str | None) -> None:
     response = httpx.post(f"{device.url}/chat/completions", content=body, trust_env=False)
@@ -154,7 +199,9 @@ def test_health_answers_during_a_long_prefill(device: AgentProcess, client: open
     done = threading.Event()
 
     def prefill() -> None:
-        client.chat.completions.create(model="smol", messages=[{"role": "user", "content": "word " * 180}], max_tokens=1)
+        client.chat.completions.create(
+            model="smol", messages=[{"role": "user", "content": "word " * 180}], max_tokens=1
+        )
         done.set()
 
     thread = threading.Thread(target=prefill)
@@ -169,7 +216,9 @@ def test_health_answers_during_a_long_prefill(device: AgentProcess, client: open
 
 
 def test_metrics_count_and_hold_nothing_of_a_prompt(device: AgentProcess, client: openai.OpenAI) -> None:
-    client.chat.completions.create(model="smol", messages=[{"role": "user", "content": "xyzzy-secret"}], max_tokens=2)
+    client.chat.completions.create(
+        model="smol", messages=[{"role": "user", "content": "xyzzy-secret"}], max_tokens=2
+    )
     text = httpx.get(device.url.removesuffix("/v1") + "/metrics", trust_env=False).text
     assert 'slmops_requests_total{route="chat",status="2xx"}' in text
     assert "gen_ai_server_request_duration_seconds_bucket" in text
@@ -178,7 +227,9 @@ def test_metrics_count_and_hold_nothing_of_a_prompt(device: AgentProcess, client
 
 
 def test_a_client_that_hangs_up_frees_the_engine(device: AgentProcess, client: openai.OpenAI) -> None:
-    stream = client.chat.completions.create(model="smol", messages=QUESTION, max_tokens=200, stream=True, extra_body={"ignore_eos": True})
+    stream = client.chat.completions.create(
+        model="smol", messages=QUESTION, max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+    )
     next(iter(stream))
     stream.close()
     health = device.url.removesuffix("/v1") + "/health"

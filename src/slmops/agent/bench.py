@@ -19,7 +19,9 @@ from slmops.runtimes import EngineLimits, EngineSpec, load
 from slmops.runtimes.bench import bench_model
 
 
-async def run_bench(layout: Layout, config: DeviceConfig, prompt_tokens: int, decode_tokens: int, repeats: int) -> Bench:
+async def run_bench(
+    layout: Layout, config: DeviceConfig, prompt_tokens: int, decode_tokens: int, repeats: int
+) -> Bench:
     """Measure the committed release and keep the result for the next check-in.
 
     Raises:
@@ -28,7 +30,9 @@ async def run_bench(layout: Layout, config: DeviceConfig, prompt_tokens: int, de
     name = read_journal(layout.journal).state.committed_slot
     slot = read_slot(layout, name) if name is not None else None
     if slot is None or slot.assignment.serving is None:
-        raise NotFoundError("this device has proved no release yet", hint="run the agent and roll a release out to it first")
+        raise NotFoundError(
+            "this device has proved no release yet", hint="run the agent and roll a release out to it first"
+        )
     store = ArtifactStore(layout)
     variant = decode(store.read_blob(slot.digest_of("variant")), Variant)
     shape = variant.model_shape()
@@ -42,7 +46,9 @@ async def run_bench(layout: Layout, config: DeviceConfig, prompt_tokens: int, de
         ubatch_tokens=slot.assignment.serving.micro_batch_tokens,
     )
     limits = EngineLimits(memory_bytes=config.ram_limit_bytes, cpu_cores=config.cpu_cores)
-    result = await bench_model(spec, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, repeats=repeats, limits=limits)
+    result = await bench_model(
+        spec, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, repeats=repeats, limits=limits
+    )
     bench = Bench(
         artifact_sha256=slot.digest_of("model"),
         weights_bytes=shape.weights_bytes,
@@ -52,7 +58,7 @@ async def run_bench(layout: Layout, config: DeviceConfig, prompt_tokens: int, de
         ttft_s=result.ttft_s,
         load_s=result.load_s or 0.0,
         rss_bytes=result.peak_rss_bytes,
-        measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),  # noqa: TID251 - a command's own clock
+        measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     write_atomic(layout.bench, msgspec.json.encode(bench))
     return bench

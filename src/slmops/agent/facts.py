@@ -37,7 +37,11 @@ def read_facts(layout: Layout, config: DeviceConfig, limits: dict[str, str] | No
 def device_facts(facts: Facts) -> DeviceFacts:
     """The same, as the fit wants it."""
     bench = facts.bench
-    speed = MeasuredSpeed(bench.weights_bytes, bench.decode_tps, bench.prefill_tps, bench.parameters) if bench is not None else None
+    speed = (
+        MeasuredSpeed(bench.weights_bytes, bench.decode_tps, bench.prefill_tps, bench.parameters)
+        if bench is not None
+        else None
+    )
     return DeviceFacts(facts.ram_limit_bytes, facts.disk_free_bytes, facts.runtimes, facts.cores, speed)
 
 
@@ -46,7 +50,15 @@ def profile_of(name: str, facts: Facts) -> DeviceProfile:
     known = BUILTIN_PROFILES.get(name)
     if known is not None:
         return known
-    return DeviceProfile(name, facts.arch, facts.ram_limit_bytes, max(facts.disk_free_bytes, 1), facts.cores, 4_000_000_000, 20_000_000_000)
+    return DeviceProfile(
+        name,
+        facts.arch,
+        facts.ram_limit_bytes,
+        max(facts.disk_free_bytes, 1),
+        facts.cores,
+        4_000_000_000,
+        20_000_000_000,
+    )
 
 
 def installed_runtimes(override: str = "") -> dict[str, str]:

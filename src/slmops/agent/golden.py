@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from slmops.agent.serving import Backend
 from slmops.agent.store.artifacts import ArtifactStore
 from slmops.agent.store.slots import Baseline, Slot
-from slmops.artifact.manifest import GoldenExpectations, GoldenPack, GoldenPrompt, decode, golden_tokens_digest
+from slmops.artifact.manifest import (
+    GoldenExpectations,
+    GoldenPack,
+    GoldenPrompt,
+    decode,
+    golden_tokens_digest,
+)
 from slmops.core.device.machine import Failure
 from slmops.core.errors import SlmopsError
 from slmops.core.evidence.golden import (
@@ -59,7 +65,10 @@ def load_pack(store: ArtifactStore, slot: Slot) -> Pack:
     return Pack(
         sha256,
         pack,
-        tuple(PromptExpectation(e.id, e.tokens_sha256, e.reference_logprob, e.tolerance, e.floor) for e in expected.expectations),
+        tuple(
+            PromptExpectation(e.id, e.tokens_sha256, e.reference_logprob, e.tolerance, e.floor)
+            for e in expected.expectations
+        ),
     )
 
 
@@ -104,7 +113,9 @@ async def run_probation_packs(
             kept_before = keeps_answers(committed.expectations, await score_pack(old.engine, committed.pack))
         same = committed.sha256 == own.sha256
         new_scores = scores if same else await score_pack(candidate.engine, committed.pack)
-        paired = judge_paired(kept_before, keeps_answers(committed.expectations, new_scores), committed.pack.max_drop_ratio)
+        paired = judge_paired(
+            kept_before, keeps_answers(committed.expectations, new_scores), committed.pack.max_drop_ratio
+        )
     report = _report(own_result, paired)
     return ProbationResult(report, keeps_answers(own.expectations, scores), _failure(own_result, paired))
 
@@ -113,7 +124,15 @@ def _report(own: OwnResult, paired: PairedResult | None) -> GoldenReport:
     if paired is None:
         return GoldenReport(own.passed, len(own.problems))
     counts = paired.counts
-    return GoldenReport(own.passed, len(own.problems), counts.both, counts.only_old, counts.only_new, counts.neither, paired.lost)
+    return GoldenReport(
+        own.passed,
+        len(own.problems),
+        counts.both,
+        counts.only_old,
+        counts.only_new,
+        counts.neither,
+        paired.lost,
+    )
 
 
 def _failure(own: OwnResult, paired: PairedResult | None) -> Failure | None:
@@ -126,5 +145,9 @@ def _failure(own: OwnResult, paired: PairedResult | None) -> Failure | None:
         )
         return Failure("content", "golden.committed_pack", detail)
     if not own.ok:
-        return Failure("content", "golden.own_pack", f"its own golden pack fails: {'; '.join(own.problems[:3]) or 'no prompts'}")
+        return Failure(
+            "content",
+            "golden.own_pack",
+            f"its own golden pack fails: {'; '.join(own.problems[:3]) or 'no prompts'}",
+        )
     return None

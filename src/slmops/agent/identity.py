@@ -55,11 +55,16 @@ def load_config(layout: Layout) -> DeviceConfig:
     try:
         content = layout.config.read_bytes()
     except FileNotFoundError as error:
-        raise NotFoundError(f"{layout.root} holds no enrolled device", hint="run: slmops agent enroll URL TOKEN --dir DIR --profile NAME") from error
+        raise NotFoundError(
+            f"{layout.root} holds no enrolled device",
+            hint="run: slmops agent enroll URL TOKEN --dir DIR --profile NAME",
+        ) from error
     try:
         return msgspec.json.decode(content, type=DeviceConfig)
     except msgspec.MsgspecError as error:
-        raise UsageError(f"{layout.config}: {error}", hint="mend the file, or enroll the device again in an empty folder") from error
+        raise UsageError(
+            f"{layout.config}: {error}", hint="mend the file, or enroll the device again in an empty folder"
+        ) from error
 
 
 def save_config(layout: Layout, config: DeviceConfig) -> None:
@@ -77,11 +82,16 @@ def make_key(layout: Layout) -> str:
         ConflictError: the folder already holds an enrolled device.
     """
     if layout.config.exists():
-        raise ConflictError(f"{layout.root} already holds an enrolled device", hint="use an empty folder, or remove this one first")
+        raise ConflictError(
+            f"{layout.root} already holds an enrolled device",
+            hint="use an empty folder, or remove this one first",
+        )
     if layout.key.exists():  # an enrolment that was cut off: go on with the same key
         return public_key_pem(layout.key)
     key = ec.generate_private_key(ec.SECP256R1())
-    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
     write_atomic(layout.key, private, mode=0o600)
     return public_key_pem(layout.key)
 
@@ -89,7 +99,11 @@ def make_key(layout: Layout) -> str:
 def public_key_pem(path: Path) -> str:
     """Public half of a private key file, PEM."""
     key = serialization.load_pem_private_key(path.read_bytes(), password=None)
-    return key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo).decode()
+    return (
+        key.public_key()
+        .public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+        .decode()
+    )
 
 
 def machine_arch() -> str:

@@ -95,7 +95,15 @@ def enroll(options: EnrollOptions) -> DeviceConfig:
         threads=options.threads,
         extra_runtime=options.extra_runtime,
     )
-    request = EnrollRequest(MESSAGE_SCHEMA, options.token, public_key, options.name, options.profile, read_facts(layout, config), options.labels)
+    request = EnrollRequest(
+        MESSAGE_SCHEMA,
+        options.token,
+        public_key,
+        options.name,
+        options.profile,
+        read_facts(layout, config),
+        options.labels,
+    )
 
     async def exchange() -> DeviceConfig:
         server = HttpControlPlane(options.server_url)
@@ -103,7 +111,9 @@ def enroll(options: EnrollOptions) -> DeviceConfig:
             answer = await server.enroll(request)
         finally:
             await server.close()
-        return msgspec.structs.replace(config, device_id=answer.device_id, tuf_root=answer.tuf_root, poll_s=answer.poll_s)
+        return msgspec.structs.replace(
+            config, device_id=answer.device_id, tuf_root=answer.tuf_root, poll_s=answer.poll_s
+        )
 
     enrolled = asyncio.run(exchange())
     save_config(layout, enrolled)
@@ -130,29 +140,62 @@ class _Agent:
 
     def __init__(self, layout: Layout, config: DeviceConfig, listener: socket.socket) -> None:
         self._layout, self._config, self._listener = layout, config, listener
-        chance = random.Random()  # noqa: S311 - jitter, not secrets
-        self._server = HttpControlPlane(config.server_url, device_id=config.device_id, key_pem=layout.key.read_bytes())
+        chance = random.Random()
+        self._server = HttpControlPlane(
+            config.server_url, device_id=config.device_id, key_pem=layout.key.read_bytes()
+        )
         store = ArtifactStore(layout)
         source = ReleaseSource(self._server, store, layout.tuf, config.tuf_root.encode())
         self._router, self._measures = Router(), Measures()
         self._keeper = EngineKeeper(layout, store, config, self._router)
-        self._actions = Actions(layout, config, store, self._server, source, self._keeper, self._router, self._server.clock, chance)
+        self._actions = Actions(
+            layout,
+            config,
+            store,
+            self._server,
+            source,
+            self._keeper,
+            self._router,
+            self._server.clock,
+            chance,
+        )
         self._driver = Driver(layout, read_journal(layout.journal), self._actions.act)
         self._actions.driver = self._driver
         self._reporter = Reporter(
-            layout, config, self._server, self._driver, self._actions, self._router, self._keeper, self._measures, uuid.uuid4().hex, chance
+            layout,
+            config,
+            self._server,
+            self._driver,
+            self._actions,
+            self._router,
+            self._keeper,
+            self._measures,
+            uuid.uuid4().hex,
+            chance,
         )
 
     async def run(self) -> None:
         gateway = Gateway(self._router, self._measures, self._status)
         http = uvicorn.Server(
-            uvicorn.Config(gateway.app(), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=_SHUTDOWN_S, server_header=False)
+            uvicorn.Config(
+                gateway.app(),
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=_SHUTDOWN_S,
+                server_header=False,
+            )
         )
         serving = asyncio.create_task(http.serve(sockets=[self._listener]))
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._order_revert)
         port = self._listener.getsockname()[1]
         run_file = self._layout.root / "run.json"
-        write_atomic(run_file, msgspec.json.encode({"pid": os.getpid(), "port": port, "url": f"http://{self._config.gateway_host}:{port}/v1"}))
+        write_atomic(
+            run_file,
+            msgspec.json.encode(
+                {"pid": os.getpid(), "port": port, "url": f"http://{self._config.gateway_host}:{port}/v1"}
+            ),
+        )
         log.info("serving on http://%s:%d/v1", self._config.gateway_host, port)
         if self._driver.state.phase is Phase.IDLE:
             log.info("no release yet: requests wait until one is assigned and proved")
@@ -184,7 +227,11 @@ class _Agent:
         state = self._driver.state
         self._measures.phase.clear()
         self._measures.phase.labels(state.phase.value).set(1)
-        return {"device": self._config.device_id, "phase": state.phase.value, "control_plane": "reachable" if self._reporter.reachable else "unreachable"}
+        return {
+            "device": self._config.device_id,
+            "phase": state.phase.value,
+            "control_plane": "reachable" if self._reporter.reachable else "unreachable",
+        }
 
 
 @contextmanager
@@ -195,7 +242,10 @@ def _exclusive(layout: Layout) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             lock.seek(0)
-            raise BusyError(f"another agent (process {lock.read().strip() or '?'}) runs on {layout.root}", hint="stop it first, or use another --dir") from error
+            raise BusyError(
+                f"another agent (process {lock.read().strip() or '?'}) runs on {layout.root}",
+                hint="stop it first, or use another --dir",
+            ) from error
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -223,7 +273,9 @@ def order_revert_offline(layout: Layout) -> str:
         state, commands = step(journal.state, RevertOrdered())
         if Command.REVERT not in commands:
             return "there is nothing to go back to: no previous release is kept on this device"
-        write_journal(layout.journal, msgspec.structs.replace(journal, state=state, assignment=None, acknowledged=False))
+        write_journal(
+            layout.journal, msgspec.structs.replace(journal, state=state, assignment=None, acknowledged=False)
+        )
     return "noted: the agent goes back to the previous release when it starts"
 
 
@@ -254,7 +306,13 @@ class _JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
-        line = {"time": moment, "level": record.levelname.lower(), "device": self._device_id, "logger": record.name, "event": record.getMessage()}
+        line = {
+            "time": moment,
+            "level": record.levelname.lower(),
+            "device": self._device_id,
+            "logger": record.name,
+            "event": record.getMessage(),
+        }
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
         return json.dumps(line)

@@ -21,7 +21,14 @@ from slmops.agent.store.slots import SCHEMA as SLOT_SCHEMA
 from slmops.agent.store.slots import Slot, SlotArtifact
 from slmops.artifact.chunkmap import ChunkMap, decode_chunk_map
 from slmops.artifact.manifest import Release, Variant, assignment_digest, decode
-from slmops.core.errors import DigestError, ExpiredMetadataError, NetworkError, SlmopsError, TrustError, UsageError
+from slmops.core.errors import (
+    DigestError,
+    ExpiredMetadataError,
+    NetworkError,
+    SlmopsError,
+    TrustError,
+    UsageError,
+)
 from slmops.protocol.messages import Assignment
 
 if TYPE_CHECKING:
@@ -49,7 +56,9 @@ class ResolvedRelease:
             SlotArtifact("golden-expectations", self.variant.golden.sha256, self.variant.golden.bytes),
         ]
         artifacts += [SlotArtifact(f"prompt:{p.name}", p.sha256, p.bytes) for p in self.assignment.prompts]
-        return Slot(SLOT_SCHEMA, self.assignment, tuple(artifacts), self.variant.runtime.name, self.release.model)
+        return Slot(
+            SLOT_SCHEMA, self.assignment, tuple(artifacts), self.variant.runtime.name, self.release.model
+        )
 
 
 class ReleaseSource:
@@ -70,24 +79,33 @@ class ReleaseSource:
             TransientError: the control plane could not be reached; nothing was changed.
         """
         if assignment.serving is None:
-            raise UsageError("the assignment has no serving settings", hint="the control plane is of another version")
+            raise UsageError(
+                "the assignment has no serving settings", hint="the control plane is of another version"
+            )
         target = await asyncio.to_thread(self._verified_target, assignment.target_path)
         digest, seq = _digest_and_seq(target)
         if digest != assignment.release_sha256 or seq != assignment.release_seq:
             raise DigestError(
-                f"{assignment.target_path}: signed as sha256 {digest}, release_seq {seq}; the control plane assigned {assignment.release_sha256}, {assignment.release_seq}",
+                f"{assignment.target_path}: signed as sha256 {digest}, release_seq {seq}; "
+                f"the control plane assigned {assignment.release_sha256}, {assignment.release_seq}",
                 hint="the control plane offers what was never signed: do not trust it until this is understood",
             )
         release = decode(await self._blob(digest, target.length), Release)
         entry = next((v for v in release.variants if v.sha256 == assignment.variant_sha256), None)
         if entry is None or release.release_seq != seq:
-            raise TrustError("the assigned variant is not part of the signed release", hint="the control plane mixes releases")
+            raise TrustError(
+                "the assigned variant is not part of the signed release",
+                hint="the control plane mixes releases",
+            )
         variant = decode(await self._blob(entry.sha256, entry.bytes), Variant)
         self._check_identity(assignment, release, variant)
         model = variant.model_file()
         chunk_map = decode_chunk_map(await self._blob(model.chunk_map.sha256, model.chunk_map.bytes))
         if chunk_map.artifact_sha256 != model.sha256 or chunk_map.artifact_bytes != model.bytes:
-            raise TrustError("the chunk map is of another file than the variant names", hint="the release was made by a broken tool")
+            raise TrustError(
+                "the chunk map is of another file than the variant names",
+                hint="the release was made by a broken tool",
+            )
         wanted = {prompt.sha256 for prompt in assignment.prompts}
         small = [(p.sha256, p.bytes) for p in release.prompts if p.sha256 in wanted]
         for blob in (release.golden_pack, variant.golden):
@@ -100,7 +118,10 @@ class ReleaseSource:
         signed_prompts = {prompt.sha256: prompt.name for prompt in release.prompts}
         for prompt in assignment.prompts:
             if signed_prompts.get(prompt.sha256) != prompt.name:
-                raise TrustError(f"prompt {prompt.name!r} is not part of the signed release", hint="prompts are signed artifacts: release them first")
+                raise TrustError(
+                    f"prompt {prompt.name!r} is not part of the signed release",
+                    hint="prompts are signed artifacts: release them first",
+                )
         if assignment.adapters:
             raise UsageError("this agent cannot overlay adapters yet", hint="update slmops on the device")
         computed = assignment_digest(
@@ -129,7 +150,8 @@ class ReleaseSource:
 
     def _verified_target(self, path: str) -> TargetFile:
         """Run TUF's client workflow (blocking)."""
-        from tuf.api.exceptions import DownloadError, ExpiredMetadataError as TufExpired, RepositoryError  # noqa: PLC0415 - loaded only when a release arrives
+        from tuf.api.exceptions import DownloadError, RepositoryError  # noqa: PLC0415 - loaded only when a release arrives
+        from tuf.api.exceptions import ExpiredMetadataError as TufExpired  # noqa: PLC0415
         from tuf.ngclient import Updater  # noqa: PLC0415
 
         try:
@@ -144,24 +166,32 @@ class ReleaseSource:
         except SlmopsError:
             raise
         except TufExpired as error:
-            raise ExpiredMetadataError(f"signed metadata is expired: {error}", hint="renew the control plane's timestamp; the device keeps serving") from error
+            raise ExpiredMetadataError(
+                f"signed metadata is expired: {error}",
+                hint="renew the control plane's timestamp; the device keeps serving",
+            ) from error
         except RepositoryError as error:
-            raise TrustError(f"the release metadata does not verify: {error}", hint="do not trust this control plane until this is understood") from error
+            raise TrustError(
+                f"the release metadata does not verify: {error}",
+                hint="do not trust this control plane until this is understood",
+            ) from error
         except DownloadError as error:
-            raise NetworkError(f"release metadata could not be fetched: {error}", hint="retried by itself") from error
+            raise NetworkError(
+                f"release metadata could not be fetched: {error}", hint="retried by itself"
+            ) from error
         if target is None:
             raise TrustError(f"{path} is not among the signed releases", hint="publish the release first")
         return target
 
 
-def _fetcher(server: ControlPlane):  # type: ignore[no-untyped-def]  # noqa: ANN202 - the class exists only once tuf is imported
+def _fetcher(server: ControlPlane):  # type: ignore[no-untyped-def]
     from tuf.api.exceptions import DownloadHTTPError  # noqa: PLC0415
     from tuf.ngclient import FetcherInterface  # noqa: PLC0415
 
     class _Fetcher(FetcherInterface):
         """python-tuf's port, over ours."""
 
-        def _fetch(self, url: str):  # type: ignore[no-untyped-def]  # noqa: ANN202
+        def _fetch(self, url: str):  # type: ignore[no-untyped-def]
             content = server.fetch_metadata(url.rsplit("/", 1)[1], 8 << 20)
             if content is None:
                 raise DownloadHTTPError(f"{url} not found", 404)

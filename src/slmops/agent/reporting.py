@@ -94,7 +94,9 @@ class Reporter:
                 wait *= 0.9 + 0.2 * self._chance.random()
             except (SlmopsError, OSError) as error:
                 failures += 1
-                wait = min(pause_s(failures, self._chance), _LONGEST_SILENCE_S, max(self._config.poll_s, 1.0) * 8)
+                wait = min(
+                    pause_s(failures, self._chance), _LONGEST_SILENCE_S, max(self._config.poll_s, 1.0) * 8
+                )
                 if self.reachable:
                     log.warning("check-in failed: %s", error)
                 self.reachable = False
@@ -118,7 +120,11 @@ class Reporter:
 
     def _request(self) -> tuple[CheckinRequest, Facts]:
         state = self._driver.state
-        limits = {limit.limit: f"{limit.mechanism}: {limit.note}" for backend in self._keeper.running() for limit in backend.engine.limits_applied}
+        limits = {
+            limit.limit: f"{limit.mechanism}: {limit.note}"
+            for backend in self._keeper.running()
+            for limit in backend.engine.limits_applied
+        }
         facts = read_facts(self._layout, self._config, limits)
         active = self._router.active
         running = active.slot.assignment if active is not None else None
@@ -163,7 +169,11 @@ class Reporter:
     async def _take(self, assignment: Assignment) -> None:
         if assignment.action == "run":
             target = Target(
-                assignment.assignment_digest, assignment.release_sha256, assignment.release_seq, assignment.rollout_id, assignment.generation
+                assignment.assignment_digest,
+                assignment.release_sha256,
+                assignment.release_seq,
+                assignment.rollout_id,
+                assignment.generation,
             )
             await self._driver.offer(Offered(target), assignment)
         elif assignment.action == "withdraw":

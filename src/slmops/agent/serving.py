@@ -94,10 +94,16 @@ class Router:
             try:
                 await asyncio.wait_for(self._changed.wait_for(lambda: self._ready(avoid)), QUEUE_TIMEOUT_S)
             except asyncio.TimeoutError as error:
-                raise BusyError("no model became ready in time", hint="see /health for what the device is doing", retry_after_s=5) from error
+                raise BusyError(
+                    "no model became ready in time",
+                    hint="see /health for what the device is doing",
+                    retry_after_s=5,
+                ) from error
             backend = self._active
             if backend is None:
-                raise BusyError(self._fallback or "this device has no model", hint="assign a release to this device")
+                raise BusyError(
+                    self._fallback or "this device has no model", hint="assign a release to this device"
+                )
             backend.in_flight += 1
             backend.empty.clear()
         try:
@@ -111,7 +117,12 @@ class Router:
     def _ready(self, avoid: Backend | None) -> bool:
         if self._fallback:
             return True
-        return not self._held and self._active is not None and self._active is not avoid and self._active.engine.alive()
+        return (
+            not self._held
+            and self._active is not None
+            and self._active is not avoid
+            and self._active.engine.alive()
+        )
 
     async def point_to(self, backend: Backend | None) -> Backend | None:
         """Send new requests to a backend; returns the one before it."""
@@ -193,7 +204,9 @@ class EngineKeeper:
     async def _launch(self, name: SlotName, slot: Slot) -> Backend:
         serving = slot.assignment.serving
         if serving is None:
-            raise RuntimeLoadError(f"slot {name} has no serving settings", hint="let the control plane assign the release again")
+            raise RuntimeLoadError(
+                f"slot {name} has no serving settings", hint="let the control plane assign the release again"
+            )
         runtime = load(slot.runtime)
         spec = EngineSpec(
             runtime=runtime.name,

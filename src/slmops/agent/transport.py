@@ -59,7 +59,7 @@ class ServerClock:
 
     def now(self) -> datetime:
         """UTC."""
-        return datetime.now(timezone.utc) + self.offset  # noqa: TID251 - the one place where the device reads its clock
+        return datetime.now(timezone.utc) + self.offset
 
     def learn(self, header: str | None) -> None:
         """Take the server's time from a response header; ignores what it cannot read."""
@@ -70,13 +70,20 @@ class ServerClock:
         except ValueError:
             return
         if theirs.tzinfo is not None:
-            self.offset = theirs - datetime.now(timezone.utc)  # noqa: TID251
+            self.offset = theirs - datetime.now(timezone.utc)
 
 
 class HttpControlPlane:
     """The control plane over HTTP; see ``agent.ports.ControlPlane``."""
 
-    def __init__(self, base_url: str, *, device_id: str = "", key_pem: bytes | None = None, clock: ServerClock | None = None) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        device_id: str = "",
+        key_pem: bytes | None = None,
+        clock: ServerClock | None = None,
+    ) -> None:
         """Make a client.
 
         Args:
@@ -90,7 +97,9 @@ class HttpControlPlane:
         self._key: Any = load_pem_private_key(key_pem, password=None) if key_pem else None
         self.clock = clock or ServerClock()
         headers = {PROTOCOL_HEADER: str(SCHEMA), "Content-Type": "application/json"}
-        self._client = httpx.AsyncClient(base_url=self._base_url, timeout=_TIMEOUT, headers=headers, trust_env=False)
+        self._client = httpx.AsyncClient(
+            base_url=self._base_url, timeout=_TIMEOUT, headers=headers, trust_env=False
+        )
         self._token = ""
         self._token_until = datetime.min.replace(tzinfo=timezone.utc)
 
@@ -111,7 +120,9 @@ class HttpControlPlane:
         except AuthError:
             if self._token_until == datetime.min.replace(tzinfo=timezone.utc):
                 raise
-            self._token_until = datetime.min.replace(tzinfo=timezone.utc)  # the offset was just learned: sign anew, once
+            self._token_until = datetime.min.replace(
+                tzinfo=timezone.utc
+            )  # the offset was just learned: sign anew, once
             response = await self._send("POST", "/v1/checkin", body, signed=True)
         retry_after = _seconds(response.headers.get("Retry-After"))
         if response.status_code == httpx.codes.NO_CONTENT:
@@ -127,7 +138,12 @@ class HttpControlPlane:
             async with self._client.stream("GET", f"/v1/chunks/sha256/{sha256}") as response:
                 self.clock.learn(response.headers.get(TIME_HEADER))
                 if response.status_code != httpx.codes.OK:
-                    raise problem_error(response.status_code, await _read_some(response), f"chunk {sha256[:12]}", response.headers)
+                    raise problem_error(
+                        response.status_code,
+                        await _read_some(response),
+                        f"chunk {sha256[:12]}",
+                        response.headers,
+                    )
                 async for part in response.aiter_bytes():
                     received += len(part)
                     if received > size_bytes:
@@ -137,7 +153,9 @@ class HttpControlPlane:
                         )
                     parts.append(part)
         except httpx.TimeoutException as error:
-            raise DeadlineError(f"chunk {sha256[:12]}: {self._base_url} stopped sending", hint="retried by itself") from error
+            raise DeadlineError(
+                f"chunk {sha256[:12]}: {self._base_url} stopped sending", hint="retried by itself"
+            ) from error
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
         content = b"".join(parts)
@@ -147,19 +165,27 @@ class HttpControlPlane:
     def fetch_metadata(self, name: str, max_bytes: int) -> bytes | None:
         """Fetch a TUF file, blocking."""
         try:
-            with httpx.Client(base_url=self._base_url, timeout=_TIMEOUT, trust_env=False) as client, client.stream("GET", f"/v1/tuf/{name}") as response:
+            with (
+                httpx.Client(base_url=self._base_url, timeout=_TIMEOUT, trust_env=False) as client,
+                client.stream("GET", f"/v1/tuf/{name}") as response,
+            ):
                 if response.status_code == httpx.codes.NOT_FOUND:
                     return None
                 content = b""
                 for part in response.iter_bytes():
                     content += part
                     if len(content) > max_bytes:
-                        raise TrustError(f"{name}: more than {max_bytes} bytes arrived", hint="the server is not serving TUF metadata")
+                        raise TrustError(
+                            f"{name}: more than {max_bytes} bytes arrived",
+                            hint="the server is not serving TUF metadata",
+                        )
                 if response.status_code != httpx.codes.OK:
                     raise problem_error(response.status_code, content, name, response.headers)
                 return content
         except httpx.TimeoutException as error:
-            raise DeadlineError(f"{name}: {self._base_url} stopped sending", hint="retried by itself") from error
+            raise DeadlineError(
+                f"{name}: {self._base_url} stopped sending", hint="retried by itself"
+            ) from error
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
 
@@ -168,7 +194,9 @@ class HttpControlPlane:
         try:
             response = await self._client.request(method, path, content=body, headers=headers)
         except httpx.TimeoutException as error:
-            raise DeadlineError(f"{self._base_url}{path} did not answer in time", hint="retried by itself") from error
+            raise DeadlineError(
+                f"{self._base_url}{path} did not answer in time", hint="retried by itself"
+            ) from error
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
         self.clock.learn(response.headers.get(TIME_HEADER))
@@ -179,14 +207,22 @@ class HttpControlPlane:
     def _bearer(self) -> str:
         now = self.clock.now()
         if now >= self._token_until or self._token_until - now > timedelta(seconds=DEVICE_TOKEN_S):
-            claims = {"iss": self._device_id, "aud": DEVICE_AUDIENCE, "iat": int(now.timestamp()), "exp": int(now.timestamp()) + DEVICE_TOKEN_S}
+            claims = {
+                "iss": self._device_id,
+                "aud": DEVICE_AUDIENCE,
+                "iat": int(now.timestamp()),
+                "exp": int(now.timestamp()) + DEVICE_TOKEN_S,
+            }
             self._token = jwt.encode(claims, self._key, algorithm="ES256")
             self._token_until = now + timedelta(seconds=_TOKEN_REUSE_S)
         return self._token
 
     def _unreachable(self, error: Exception) -> NetworkError:
         reason = str(error) or type(error).__name__
-        return NetworkError(f"cannot reach the control plane at {self._base_url}: {reason}", hint="check the URL, and that 'slmops server run' is up")
+        return NetworkError(
+            f"cannot reach the control plane at {self._base_url}: {reason}",
+            hint="check the URL, and that 'slmops server run' is up",
+        )
 
 
 async def _read_some(response: httpx.Response) -> bytes:
@@ -221,11 +257,15 @@ def problem_error(status: int, body: bytes, what: str, headers: httpx.Headers) -
         problem = msgspec.json.decode(body, type=Problem)
     except msgspec.MsgspecError:
         problem = Problem("about:blank", "", status, f"{what}: the server answered {status}", "")
-    kind: type[SlmopsError] = _BY_STATUS.get(status, TransientError if status >= 500 else UsageError)  # noqa: PLR2004
+    kind: type[SlmopsError] = _BY_STATUS.get(status, TransientError if status >= 500 else UsageError)
     if problem.code == TokenError.code:
         kind = TokenError
     fields: dict[str, Any] = {k: v for k, v in problem.fields.items() if k not in ("message", "hint")}
     retry_after = _seconds(headers.get("Retry-After"))
     if retry_after is not None:
         fields["retry_after_s"] = retry_after
-    return kind(problem.detail or problem.title or f"{what}: status {status}", hint=problem.hint or "see the control plane's log", **fields)
+    return kind(
+        problem.detail or problem.title or f"{what}: status {status}",
+        hint=problem.hint or "see the control plane's log",
+        **fields,
+    )

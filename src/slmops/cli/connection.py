@@ -29,7 +29,13 @@ def with_server(command: Command) -> Command:
         envvar="SLMOPS_TOKEN_FILE",
         help="File with the operator token (or set SLMOPS_TOKEN).",
     )(command)
-    return click.option("--server", default=DEFAULT_SERVER, envvar="SLMOPS_SERVER", show_default=True, help="The control plane's URL.")(command)
+    return click.option(
+        "--server",
+        default=DEFAULT_SERVER,
+        envvar="SLMOPS_SERVER",
+        show_default=True,
+        help="The control plane's URL.",
+    )(command)
 
 
 def connect(server: str, token_file: Path | None) -> ControlPlane:

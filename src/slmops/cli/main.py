@@ -59,7 +59,9 @@ class _LazyNouns(click.Group):
             extra = _EXTRAS.get((error.name or "").split(".")[0])
             if extra is None:
                 raise
-            raise click.ClickException(f"'slmops {cmd_name}' needs {error.name}: pip install \"slmops[{extra}]\"") from error
+            raise click.ClickException(
+                f"'slmops {cmd_name}' needs {error.name}: pip install \"slmops[{extra}]\""
+            ) from error
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -67,10 +69,12 @@ class _LazyNouns(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in NOUNS.items()])
 
 
-@click.group(cls=_LazyNouns, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=_LazyNouns, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(package_name="slmops")
 def root() -> None:
-    """Take a small language model from a folder to a fleet of edge devices, and keep it good there.
+    r"""Take a small language model from a folder to a fleet of edge devices, and keep it good there.
 
     \b
     Start here:  slmops demo --fast
@@ -97,7 +101,10 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `slmops ... | head` is no error
         sys.exit(0)
     except Exception as error:  # the last resort: say that it is our fault, and keep the traceback
-        click.echo(f"error[bug]: {type(error).__name__}: {error}\n  this is a bug in slmops: please report it with the traceback below", err=True)
+        click.echo(
+            f"error[bug]: {type(error).__name__}: {error}\n  this is a bug in slmops: please report it with the traceback below",
+            err=True,
+        )
         _show_traceback(error)
         sys.exit(EXIT_BUG)
 

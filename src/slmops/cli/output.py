@@ -39,13 +39,28 @@ def _pad(text: str, width: int, right: bool) -> str:
 
 
 def _is_number(text: str) -> bool:
-    return text.replace(".", "", 1).replace("-", "", 1).replace("%", "").replace("MB", "").replace(" ", "").isdigit() or text == "-"
+    return (
+        text.replace(".", "", 1)
+        .replace("-", "", 1)
+        .replace("%", "")
+        .replace("MB", "")
+        .replace(" ", "")
+        .isdigit()
+        or text == "-"
+    )
 
 
 def print_error(error: SlmopsError, *, as_json: bool) -> None:
     """An error on stderr: code, message, fix."""
     if as_json:
-        body = {"error": {"code": error.code, "message": error.message, "hint": error.hint, "fields": error.fields}}
+        body = {
+            "error": {
+                "code": error.code,
+                "message": error.message,
+                "hint": error.hint,
+                "fields": error.fields,
+            }
+        }
         click.echo(msgspec.json.format(msgspec.json.encode(body), indent=2).decode(), err=True)
         return
     click.secho(f"error[{error.code}]: ", fg="red", bold=True, err=True, nl=False)

@@ -32,7 +32,9 @@ def make_release(releases: SignedReleases, folder: Path, version: str, **model: 
     padding = int(str(model.pop("padding_bytes", 3_000_000)))
     path = write_fake_model(folder / f"{version}.json", QUESTIONS, **model)  # type: ignore[arg-type]
     _pad(path, padding)
-    return asyncio.run(releases.add(path, version, QUESTIONS, runtime=FAKE_RUNTIME, prompts={"default": "Be brief."}))
+    return asyncio.run(
+        releases.add(path, version, QUESTIONS, runtime=FAKE_RUNTIME, prompts={"default": "Be brief."})
+    )
 
 
 def make_bad_release(releases: SignedReleases, folder: Path, version: str) -> MadeRelease:
@@ -96,11 +98,15 @@ class AgentProcess:
         """Process ids of the running engines."""
         assert self.process is not None
         pid = self.process.pid
-        children = {int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()}
+        children = {
+            int(c)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for c in (task / "children").read_text().split()
+        }
         return [child for child in children if alive(child)]
 
     def kill(self) -> None:
-        """kill -9, as a power cut would; no engine may outlive its agent."""
+        """Kill -9, as a power cut would; no engine may outlive its agent."""
         assert self.process is not None
         engines = self.engines()
         self.process.kill()
@@ -129,7 +135,12 @@ class AgentProcess:
 
     def ask(self, question: str = "What is the capital of Finland?", **more: object) -> httpx.Response:
         """One chat request."""
-        body = {"model": "assistant", "messages": [{"role": "user", "content": question}], "max_tokens": 64, **more}
+        body = {
+            "model": "assistant",
+            "messages": [{"role": "user", "content": question}],
+            "max_tokens": 64,
+            **more,
+        }
         return httpx.post(f"{self.url}/chat/completions", json=body, timeout=60.0, trust_env=False)
 
     def answer(self, question: str = "What is the capital of Finland?") -> str:
@@ -141,7 +152,9 @@ class AgentProcess:
     def __enter__(self) -> AgentProcess:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.process is not None and self.process.poll() is None:
             self.stop()
 

@@ -36,7 +36,7 @@ from slmops.protocol.messages import (
 )
 from slmops.testing.releases import SignedReleases
 
-TOKEN = "test-token"  # noqa: S105 - the only token that this fake takes
+TOKEN = "test-token"
 
 
 @dataclass
@@ -84,11 +84,15 @@ class FakeControlPlane:
         self.url = f"http://127.0.0.1:{self.port}"
         config = uvicorn.Config(self._app(), log_config=None, lifespan="off", timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve(sockets=[self._socket])), daemon=True)
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._server.serve(sockets=[self._socket])), daemon=True
+        )
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Stop listening."""
         self._server.should_exit = True
         self._thread.join(10)
@@ -116,8 +120,8 @@ class FakeControlPlane:
             AssertionError: it did not in time; says what was reported.
         """
         wake = threading.Event()
-        end = datetime.now(timezone.utc) + timedelta(seconds=timeout_s)  # noqa: TID251 - a test's own clock
-        while datetime.now(timezone.utc) < end:  # noqa: TID251
+        end = datetime.now(timezone.utc) + timedelta(seconds=timeout_s)
+        while datetime.now(timezone.utc) < end:
             if done(self):
                 return
             wake.wait(0.05)
@@ -136,17 +140,21 @@ class FakeControlPlane:
         )
 
     def _answer(self, content: bytes, status: int = 200) -> Response:
-        now = datetime.now(timezone.utc) + timedelta(seconds=self.faults.clock_offset_s)  # noqa: TID251 - stands for a server's clock
+        now = datetime.now(timezone.utc) + timedelta(seconds=self.faults.clock_offset_s)
         return Response(content, status, {TIME_HEADER: now.isoformat(), PROTOCOL_HEADER: str(SCHEMA)})
 
     def _problem(self, status: int, code: str, detail: str) -> Response:
-        return self._answer(encode(Problem("about:blank", code, status, detail, code, "this is a test")), status)
+        return self._answer(
+            encode(Problem("about:blank", code, status, detail, code, "this is a test")), status
+        )
 
     async def _enroll(self, request: Request) -> Response:
         message = decode(await request.body(), EnrollRequest)
         if message.token != TOKEN:
             return self._problem(401, "auth.token", "enrolment token is unknown")
-        return self._answer(encode(EnrollResponse(SCHEMA, message.name, self.releases.root.decode(), self.poll_s)))
+        return self._answer(
+            encode(EnrollResponse(SCHEMA, message.name, self.releases.root.decode(), self.poll_s))
+        )
 
     async def _checkin(self, request: Request) -> Response:
         if self.faults.down:
@@ -164,7 +172,11 @@ class FakeControlPlane:
         if self.faults.down:
             return self._problem(503, "transient", "down on purpose")
         content = self.releases.tuf.get(request.path_params["name"])
-        return self._answer(content) if content is not None else self._problem(404, "usage.not_found", "no such file")
+        return (
+            self._answer(content)
+            if content is not None
+            else self._problem(404, "usage.not_found", "no such file")
+        )
 
     async def _chunk(self, request: Request) -> Response:
         digest = request.path_params["digest"]

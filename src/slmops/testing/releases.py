@@ -42,7 +42,9 @@ from slmops.protocol.messages import SCHEMA as MESSAGE_SCHEMA
 from slmops.protocol.messages import Assignment, NamedDigest, ServingSettings
 from slmops.runtimes import EngineSpec, open_engine
 
-SERVING = ServingSettings(context_tokens=512, kv_cache="q8_0", parallel=2, micro_batch_tokens=64, system_prompt="")
+SERVING = ServingSettings(
+    context_tokens=512, kv_cache="q8_0", parallel=2, micro_batch_tokens=64, system_prompt=""
+)
 #: shape of the fake model, small enough for any device
 SHAPE = {
     "weights_bytes": 1_000_000,
@@ -67,10 +69,20 @@ class MadeRelease:
     variant_digest: str
 
     def assignment(
-        self, generation: int, *, rollout_id: str = "rollout-1", serving: ServingSettings = SERVING, probation_min_s: float = 0.0, min_decode_tps: float | None = None
+        self,
+        generation: int,
+        *,
+        rollout_id: str = "rollout-1",
+        serving: ServingSettings = SERVING,
+        probation_min_s: float = 0.0,
+        min_decode_tps: float | None = None,
     ) -> Assignment:
         """The order to run this release."""
-        prompts = tuple(NamedDigest(p.name, p.sha256, p.bytes) for p in self.release.prompts if p.name == serving.system_prompt)
+        prompts = tuple(
+            NamedDigest(p.name, p.sha256, p.bytes)
+            for p in self.release.prompts
+            if p.name == serving.system_prompt
+        )
         digest = assignment_digest(
             release=self.digest,
             variant=self.variant_digest,
@@ -99,7 +111,7 @@ class MadeRelease:
 
 
 def _utc_now() -> datetime:
-    return datetime.now(timezone.utc)  # noqa: TID251 - TUF metadata must not be expired when a real client reads it
+    return datetime.now(timezone.utc)
 
 
 @dataclass
@@ -121,7 +133,9 @@ class SignedReleases:
         self.release_signer = CryptoSigner.generate_ecdsa()
         self.online_signer = CryptoSigner.generate_ecdsa()
         now = _utc_now()
-        self.root = new_root([self.root_signer], [self.release_signer.public_key], [self.online_signer.public_key], now)
+        self.root = new_root(
+            [self.root_signer], [self.release_signer.public_key], [self.online_signer.public_key], now
+        )
         self.targets = new_targets([self.release_signer], now)
         self.tuf["1.root.json"] = self.root
         self._snapshot: bytes | None = None
@@ -129,7 +143,14 @@ class SignedReleases:
         self._seq = 0
 
     def _publish(self) -> None:
-        files = publish(check_root(self.root), self.targets, self._snapshot, self.tuf.get("timestamp.json"), self.online_signer, _utc_now())
+        files = publish(
+            check_root(self.root),
+            self.targets,
+            self._snapshot,
+            self.tuf.get("timestamp.json"),
+            self.online_signer,
+            _utc_now(),
+        )
         self._snapshot = next(content for name, content in files.items() if name.endswith("snapshot.json"))
         self.tuf.update(files)
 
@@ -167,16 +188,33 @@ class SignedReleases:
         chunk_map = make_chunk_map(content, artifact_format)
         for offset, chunk in chunk_map.offsets():
             self.blobs[chunk.sha256] = content[offset : offset + chunk.bytes]
-        pack = GoldenPack(SCHEMA, tuple(GoldenPrompt(f"q{i}", (GoldenMessage("user", q),), a) for i, (q, a) in enumerate(questions.items())))
+        pack = GoldenPack(
+            SCHEMA,
+            tuple(
+                GoldenPrompt(f"q{i}", (GoldenMessage("user", q),), a)
+                for i, (q, a) in enumerate(questions.items())
+            ),
+        )
         pack_blob = self._keep(encode(pack))
-        expectations = await _expect(golden_from or model_file, pack, pack_blob.sha256, runtime, tolerance, floor_margin)
+        expectations = await _expect(
+            golden_from or model_file, pack, pack_blob.sha256, runtime, tolerance, floor_margin
+        )
         map_bytes = encode_chunk_map(chunk_map)
         variant = Variant(
             schema=SCHEMA,
             model=self.model,
             profile=profile,
             runtime=RuntimeNeed(runtime, "1"),
-            artifacts=(ArtifactEntry("model", model_file.name, artifact_format, len(content), sha256_hex(content), self._keep(map_bytes)),),
+            artifacts=(
+                ArtifactEntry(
+                    "model",
+                    model_file.name,
+                    artifact_format,
+                    len(content),
+                    sha256_hex(content),
+                    self._keep(map_bytes),
+                ),
+            ),
             shape=dict(shape or SHAPE),
             golden=self._keep(encode(expectations)),
             measured=Measured(4.5, 0.01, 0.99, 12.0, 50.0, 200.0, 0.3, 100_000_000),
@@ -200,7 +238,9 @@ class SignedReleases:
         )
         manifest = encode(release)
         digest = self._keep(manifest).sha256
-        self.targets = add_release(self.targets, release.target_path(), manifest, self._seq, [self.release_signer], _utc_now())
+        self.targets = add_release(
+            self.targets, release.target_path(), manifest, self._seq, [self.release_signer], _utc_now()
+        )
         self._publish()
         return MadeRelease(release, digest, variant, variant_blob.sha256)
 
@@ -214,16 +254,26 @@ class SignedReleases:
         return NamedBlob(name, blob.bytes, blob.sha256)
 
 
-async def _expect(path: Path, pack: GoldenPack, pack_digest: str, runtime: str, tolerance: float, floor_margin: float) -> GoldenExpectations:
+async def _expect(
+    path: Path, pack: GoldenPack, pack_digest: str, runtime: str, tolerance: float, floor_margin: float
+) -> GoldenExpectations:
     """Expectations from an engine that really loads the file."""
     expected: list[GoldenExpectation] = []
-    async with open_engine(EngineSpec(runtime=runtime, model_path=path, context_tokens=SERVING.context_tokens), timeout_s=60) as engine:
+    async with open_engine(
+        EngineSpec(runtime=runtime, model_path=path, context_tokens=SERVING.context_tokens), timeout_s=60
+    ) as engine:
         for prompt in pack.prompts:
-            asked = await engine.apply_template([{"role": m.role, "content": m.content} for m in prompt.messages])
+            asked = await engine.apply_template(
+                [{"role": m.role, "content": m.content} for m in prompt.messages]
+            )
             tokens = [*asked, *await engine.tokenize(prompt.answer, add_special=False, parse_special=False)]
             score = await engine.score(tokens, start=len(asked))
             reference = -score.mean_nll
             if not math.isfinite(reference):
                 raise ValueError(f"{prompt.id}: reference log-probability is {reference}")
-            expected.append(GoldenExpectation(prompt.id, golden_tokens_digest(tokens), reference, tolerance, reference - floor_margin))
+            expected.append(
+                GoldenExpectation(
+                    prompt.id, golden_tokens_digest(tokens), reference, tolerance, reference - floor_margin
+                )
+            )
     return GoldenExpectations(SCHEMA, pack_digest, sha256_hex(path.read_bytes()), tuple(expected))

@@ -90,10 +90,16 @@ class Device:
                 else:
                     await self.driver.feed(event)
             quiet = 0
-            while quiet < 5:  # nothing planned, nothing running, for some turns of the loop and of its threads
+            while (
+                quiet < 5
+            ):  # nothing planned, nothing running, for some turns of the loop and of its threads
                 await asyncio.sleep(0.001)
                 dead = self.acts_left == 0 and self.driver._running is not None
-                idle = self.driver._commands.empty() and self.driver._running is None and not self.driver._lock.locked()
+                idle = (
+                    self.driver._commands.empty()
+                    and self.driver._running is None
+                    and not self.driver._lock.locked()
+                )
                 quiet = quiet + 1 if idle or dead else 0
             worker.cancel()
             await asyncio.gather(worker, return_exceptions=True)
@@ -132,7 +138,9 @@ class DriverMachine(RuleBasedStateMachine):
         self.proved.add(offer[0].target.assignment_digest)
 
     @rule(
-        where=st.sampled_from([Command.CHECK_ADMISSION, Command.FETCH, Command.VERIFY, Command.ACTIVATE, Command.RUN_PROBATION]),
+        where=st.sampled_from(
+            [Command.CHECK_ADMISSION, Command.FETCH, Command.VERIFY, Command.ACTIVATE, Command.RUN_PROBATION]
+        ),
         cause=st.sampled_from(["content", "environment"]),
         cut=st.one_of(st.none(), st.integers(0, 9)),
     )
@@ -215,7 +223,7 @@ def test_a_forward_step_that_cannot_be_persisted_is_not_taken(tmp_path: Path) ->
     device.layout.journal.with_name(".journal.json.tmp").mkdir()  # every write of a temporary file now fails
 
     async def refuse() -> None:
-        import slmops.agent.store.files as files
+        from slmops.agent.store import files
 
         original = files.os.open
 

@@ -37,8 +37,12 @@ def _verbs(command: click.Command, path: tuple[str, ...] = ()) -> list[tuple[tup
     return found
 
 
-@pytest.mark.parametrize(("path", "command"), _verbs(root), ids=lambda v: " ".join(v) if isinstance(v, tuple) else "")
-def test_every_verb_has_help(path: tuple[str, ...], command: click.Command, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("path", "command"), _verbs(root), ids=lambda v: " ".join(v) if isinstance(v, tuple) else ""
+)
+def test_every_verb_has_help(
+    path: tuple[str, ...], command: click.Command, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, out, _ = _run(capsys, *path, "--help")
     assert code == 0
     assert "Usage: slmops" in out
@@ -52,7 +56,16 @@ def test_every_noun_loads() -> None:
         assert command is not None and command.name == noun
 
 
-@pytest.mark.parametrize("arguments", [["nonsense"], ["agent", "nonsense"], ["release", "create"], ["server", "run"], ["rollout", "show", "--bad-option"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["agent", "nonsense"],
+        ["release", "create"],
+        ["server", "run"],
+        ["rollout", "show", "--bad-option"],
+    ],
+)
 def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = _run(capsys, *arguments)
     assert code == 2
@@ -72,18 +85,24 @@ def test_errors_are_json_when_json_was_asked_for(tmp_path: Path, capsys: pytest.
     assert json.loads(err)["error"]["code"] == "usage.not_found"
 
 
-def test_no_token_is_exit_code_4(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_token_is_exit_code_4(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     code, _, err = _run(capsys, "device", "list")
     assert code == 4
     assert "slmops server token create" in err
 
 
-def test_an_unreachable_control_plane_is_exit_code_75(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreachable_control_plane_is_exit_code_75(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.socket() as taken:  # bound, but nobody listens
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("SLMOPS_TOKEN", "slm_test")
-        code, _, err = _run(capsys, "device", "list", "--server", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        code, _, err = _run(
+            capsys, "device", "list", "--server", f"http://127.0.0.1:{taken.getsockname()[1]}"
+        )
     assert code == 75
     assert "slmops server run" in err
 

@@ -19,7 +19,15 @@ from starlette.types import Receive, Scope, Send
 
 from slmops.agent.gateway.measures import Measures
 from slmops.agent.gateway.openai_errors import JSON, error_body, from_engine, openai_error
-from slmops.agent.gateway.requests import BadRequest, Parsed, check_model, parse_chat, parse_completion, parse_embeddings, read_json
+from slmops.agent.gateway.requests import (
+    BadRequest,
+    Parsed,
+    check_model,
+    parse_chat,
+    parse_completion,
+    parse_embeddings,
+    read_json,
+)
 from slmops.agent.serving import Backend, Router
 from slmops.core.errors import BusyError, SlmopsError, UsageError
 
@@ -56,28 +64,38 @@ class Gateway:
             exception_handlers={404: _unknown_route, 405: _unknown_route},
         )
 
-    def _measured(self, route: str, act: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    def _measured(
+        self, route: str, act: Callable[[Request], Awaitable[Response]]
+    ) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             began = time.perf_counter()
             try:
                 response = await act(request)
             except BadRequest as refused:
-                response = openai_error(refused.status, refused.message, param=refused.param, code=refused.code)
+                response = openai_error(
+                    refused.status, refused.message, param=refused.param, code=refused.code
+                )
             except BusyError as busy:
-                response = openai_error(503, busy.message, kind="server_error", code="no_model", retry_after_s=5)
+                response = openai_error(
+                    503, busy.message, kind="server_error", code="no_model", retry_after_s=5
+                )
             except UsageError as usage:
                 response = openai_error(400, usage.message)
             except SlmopsError as error:
                 response = openai_error(500, error.message, kind="server_error", code=error.code)
             if isinstance(response, StreamingResponse):
-                response.body_iterator = self._counted(response.body_iterator, response.status_code, route, began)
+                response.body_iterator = self._counted(
+                    response.body_iterator, response.status_code, route, began
+                )
             else:
                 self._measures.count(route, response.status_code, time.perf_counter() - began)
             return response
 
         return endpoint
 
-    async def _counted(self, parts: AsyncIterable[Any], status: int, route: str, began: float) -> AsyncIterator[Any]:
+    async def _counted(
+        self, parts: AsyncIterable[Any], status: int, route: str, began: float
+    ) -> AsyncIterator[Any]:
         """Count a stream when its last byte has gone."""
         first = True
         try:
@@ -88,7 +106,11 @@ class Gateway:
                 yield part
         except _BrokenStream:
             status = 502
-            yield b"data: " + error_body("the engine died while answering", kind="server_error", code="engine_died") + b"\n\n"
+            yield (
+                b"data: "
+                + error_body("the engine died while answering", kind="server_error", code="engine_died")
+                + b"\n\n"
+            )
         finally:
             self._measures.count(route, status, time.perf_counter() - began)
 
@@ -103,14 +125,26 @@ class Gateway:
         backend = self._router.active
         known = model_names(backend)
         if request.path_params["model"] not in known or backend is None:
-            raise BadRequest(404, f"The model '{request.path_params['model']}' does not exist here", param="model", code="model_not_found")
+            raise BadRequest(
+                404,
+                f"The model '{request.path_params['model']}' does not exist here",
+                param="model",
+                code="model_not_found",
+            )
         return _json(_model_card(backend), backend)
 
     async def _health(self, request: Request) -> Response:
         """Answered by the agent itself, so a long prefill in the engine cannot hang it."""
         backend = self._router.active
         alive = backend is not None and backend.engine.alive()
-        body = {"status": "ok" if alive else "no_model" if self._router.fallback or backend is None else "restarting", **self._status()}
+        body = {
+            "status": "ok"
+            if alive
+            else "no_model"
+            if self._router.fallback or backend is None
+            else "restarting",
+            **self._status(),
+        }
         if backend is not None:
             body["release"] = backend.release
             body["in_flight"] = backend.in_flight
@@ -123,7 +157,9 @@ class Gateway:
 
     async def _chat(self, request: Request) -> Response:
         body = read_json(await request.body())
-        return await self._generate("/v1/chat/completions", body, lambda b: parse_chat(body, b.capabilities, b.system_prompt))
+        return await self._generate(
+            "/v1/chat/completions", body, lambda b: parse_chat(body, b.capabilities, b.system_prompt)
+        )
 
     async def _completions(self, request: Request) -> Response:
         body = read_json(await request.body())
@@ -138,7 +174,9 @@ class Gateway:
                 backend = await stack.enter_async_context(self._router.borrow(avoid=failed))
                 check_model(body, model_names(backend))
                 parsed = prepare(backend)
-                request = backend.client.build_request("POST", path, content=msgspec.json.encode(parsed.body), headers={"Content-Type": JSON})
+                request = backend.client.build_request(
+                    "POST", path, content=msgspec.json.encode(parsed.body), headers={"Content-Type": JSON}
+                )
                 response = await backend.client.send(request, stream=True)
                 stack.push_async_callback(response.aclose)
                 headers = _headers(backend, parsed)
@@ -155,7 +193,10 @@ class Gateway:
                 await stack.aclose()
                 failed = backend if not backend.engine.alive() or attempt > 0 else None
                 if attempt == RETRIES:
-                    raise BusyError(f"the engine broke off {RETRIES + 1} times: {type(error).__name__}", hint="see the agent's log") from error
+                    raise BusyError(
+                        f"the engine broke off {RETRIES + 1} times: {type(error).__name__}",
+                        hint="see the agent's log",
+                    ) from error
             except BaseException:
                 await stack.aclose()
                 raise
@@ -167,20 +208,33 @@ class Gateway:
         async with self._router.borrow() as backend:
             check_model(body, model_names(backend))
             sizes = [len(await backend.engine.tokenize(text)) for text in texts]
-            longest = backend.engine.spec.ubatch_tokens - 2  # one micro-batch, with the tokens around a sentence
+            longest = (
+                backend.engine.spec.ubatch_tokens - 2
+            )  # one micro-batch, with the tokens around a sentence
             if max(sizes) > longest:
-                raise BadRequest(400, f"an input has {max(sizes)} tokens, this device embeds at most {longest}", param="input", code="context_length_exceeded")
+                raise BadRequest(
+                    400,
+                    f"an input has {max(sizes)} tokens, this device embeds at most {longest}",
+                    param="input",
+                    code="context_length_exceeded",
+                )
             vectors = await backend.engine.embed(texts)
             tokens = sum(sizes)
         items = [
-            {"object": "embedding", "index": i, "embedding": v if encoding == "float" else base64.b64encode(struct.pack(f"<{len(v)}f", *v)).decode()}
+            {
+                "object": "embedding",
+                "index": i,
+                "embedding": v
+                if encoding == "float"
+                else base64.b64encode(struct.pack(f"<{len(v)}f", *v)).decode(),
+            }
             for i, v in enumerate(vectors)
         ]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return _json({"object": "list", "data": items, "model": body["model"], "usage": usage}, backend)
 
 
-class _BrokenStream(Exception):  # noqa: N818 - internal signal
+class _BrokenStream(Exception):
     """The engine's stream ended without its end mark."""
 
 
@@ -193,11 +247,15 @@ async def _first_part(response: httpx.Response) -> tuple[bytes, AsyncIterator[by
 
 
 class _EngineStream(StreamingResponse):
-    """The engine's stream, passed on. However it ends (or never begins), the backend is given back: a hang-up of the
-    client closes the engine's stream, which stops its work.
+    """The engine's stream, passed on.
+
+    However it ends (or never begins), the backend is given back: a hang-up of the client closes the engine's stream,
+    which stops its work.
     """
 
-    def __init__(self, first: tuple[bytes, AsyncIterator[bytes]], stack: AsyncExitStack, headers: dict[str, str]) -> None:
+    def __init__(
+        self, first: tuple[bytes, AsyncIterator[bytes]], stack: AsyncExitStack, headers: dict[str, str]
+    ) -> None:
         super().__init__(_pass_on(first), 200, headers, "text/event-stream")
         self._stack = stack
 
@@ -248,7 +306,9 @@ def _model_card(backend: Backend) -> dict[str, Any]:
 def _headers(backend: Backend, parsed: Parsed) -> dict[str, str]:
     headers = {RELEASE_HEADER: backend.release}
     if parsed.ignored:
-        headers[IGNORED_HEADER] = ", ".join(name for name in parsed.ignored if name.isascii() and name.isprintable())
+        headers[IGNORED_HEADER] = ", ".join(
+            name for name in parsed.ignored if name.isascii() and name.isprintable()
+        )
     return headers
 
 
@@ -259,4 +319,6 @@ def _json(body: dict[str, Any], backend: Backend | None) -> Response:
 
 async def _unknown_route(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
-    return openai_error(status, f"{request.method} {request.url.path} does not exist here", code="unknown_url")
+    return openai_error(
+        status, f"{request.method} {request.url.path} does not exist here", code="unknown_url"
+    )

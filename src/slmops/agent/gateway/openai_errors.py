@@ -10,13 +10,21 @@ from starlette.responses import Response
 JSON = "application/json"
 
 
-def error_body(message: str, *, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None) -> bytes:
+def error_body(
+    message: str, *, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None
+) -> bytes:
     """The body alone, for streams."""
     return msgspec.json.encode({"error": {"message": message, "type": kind, "param": param, "code": code}})
 
 
 def openai_error(
-    status: int, message: str, *, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None, retry_after_s: int | None = None
+    status: int,
+    message: str,
+    *,
+    kind: str = "invalid_request_error",
+    param: str | None = None,
+    code: str | None = None,
+    retry_after_s: int | None = None,
 ) -> Response:
     """A response that the official clients turn into their own exceptions."""
     headers = {"Retry-After": str(retry_after_s)} if retry_after_s is not None else None
@@ -30,7 +38,11 @@ def from_engine(status: int, content: bytes) -> tuple[int, bytes]:
         error = body["error"]
         message, kind = str(error["message"]), str(error.get("type", ""))
     except (msgspec.MsgspecError, KeyError, TypeError, AttributeError):
-        return 502, error_body(f"the engine answered {status} in a form that is not understood", kind="server_error", code="engine_error")
+        return 502, error_body(
+            f"the engine answered {status} in a form that is not understood",
+            kind="server_error",
+            code="engine_error",
+        )
     if kind == "exceed_context_size_error":
         return 400, error_body(message, param="messages", code="context_length_exceeded")
     if status < 500:

@@ -17,13 +17,31 @@ MAX_BODY_BYTES = 8 << 20
 #: fields that change nothing in the answer; accepted and dropped without a word (never logged)
 HARMLESS = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 #: fields whose absence changes what the client gets back: refused when the runtime lacks them
-MEANINGFUL = frozenset({"tools", "tool_choice", "functions", "function_call", "response_format", "logprobs", "top_logprobs", "logit_bias", "audio", "modalities", "echo", "suffix", "best_of"})
+MEANINGFUL = frozenset(
+    {
+        "tools",
+        "tool_choice",
+        "functions",
+        "function_call",
+        "response_format",
+        "logprobs",
+        "top_logprobs",
+        "logit_bias",
+        "audio",
+        "modalities",
+        "echo",
+        "suffix",
+        "best_of",
+    }
+)
 
 
-class BadRequest(Exception):  # noqa: N818 - a value for the gateway's own routes, turned into a response there
+class BadRequest(Exception):
     """A request that is refused, in OpenAI's terms."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
         """Keep what the response needs."""
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
@@ -71,7 +89,12 @@ def check_model(body: dict[str, Any], known: tuple[str, ...]) -> None:
     if not isinstance(model, str) or not model:
         raise BadRequest(400, "you must provide a model parameter", param="model")
     if model not in known:
-        raise BadRequest(404, f"The model '{model}' does not exist here; this device serves {known[0]}", param="model", code="model_not_found")
+        raise BadRequest(
+            404,
+            f"The model '{model}' does not exist here; this device serves {known[0]}",
+            param="model",
+            code="model_not_found",
+        )
 
 
 def parse_generation(body: dict[str, Any], fields: frozenset[str]) -> Parsed:
@@ -85,7 +108,9 @@ def parse_generation(body: dict[str, Any], fields: frozenset[str]) -> Parsed:
     if not isinstance(stream, bool):
         raise BadRequest(400, "stream must be true or false", param="stream")
     if body.get("n") not in (None, 1):
-        raise BadRequest(400, f"n={body['n']} is not supported, only n=1", param="n", code="unsupported_value")
+        raise BadRequest(
+            400, f"n={body['n']} is not supported, only n=1", param="n", code="unsupported_value"
+        )
     forwarded: dict[str, Any] = {}
     ignored: list[str] = []
     for name, value in body.items():
@@ -94,7 +119,12 @@ def parse_generation(body: dict[str, Any], fields: frozenset[str]) -> Parsed:
         elif name in HARMLESS or value is None or name == "n":
             continue
         elif name in MEANINGFUL:
-            raise BadRequest(400, f"{name} is not supported by this device's runtime", param=name, code="unsupported_parameter")
+            raise BadRequest(
+                400,
+                f"{name} is not supported by this device's runtime",
+                param=name,
+                code="unsupported_parameter",
+            )
         else:
             ignored.append(name)
     if "max_completion_tokens" in body and "max_completion_tokens" not in fields and "max_tokens" in fields:
@@ -106,7 +136,11 @@ def parse_generation(body: dict[str, Any], fields: frozenset[str]) -> Parsed:
 def parse_chat(body: dict[str, Any], capabilities: Capabilities, system_prompt: str) -> Parsed:
     """A chat request, with the release's system prompt where the client sent none."""
     messages = body.get("messages")
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
+    if (
+        not isinstance(messages, list)
+        or not messages
+        or not all(isinstance(m, dict) and "role" in m for m in messages)
+    ):
         raise BadRequest(400, "messages must be a non-empty list of {role, content}", param="messages")
     parsed = parse_generation(body, capabilities.chat_fields)
     if system_prompt and not any(m["role"] in ("system", "developer") for m in messages):
@@ -133,7 +167,14 @@ def parse_embeddings(body: dict[str, Any]) -> tuple[list[str], str]:
         raise BadRequest(400, "input must be a non-empty string or a list of them", param="input")
     encoding = body.get("encoding_format", "float")
     if encoding not in ("float", "base64"):
-        raise BadRequest(400, f"encoding_format {encoding!r} is not supported: float or base64", param="encoding_format")
+        raise BadRequest(
+            400, f"encoding_format {encoding!r} is not supported: float or base64", param="encoding_format"
+        )
     if body.get("dimensions") is not None:
-        raise BadRequest(400, "dimensions is not supported by this device's runtime", param="dimensions", code="unsupported_parameter")
+        raise BadRequest(
+            400,
+            "dimensions is not supported by this device's runtime",
+            param="dimensions",
+            code="unsupported_parameter",
+        )
     return texts, encoding

@@ -18,7 +18,7 @@ from slmops.agent.ports import Clock, ControlPlane
 from slmops.agent.release_source import ReleaseSource, ResolvedRelease
 from slmops.agent.retry import until_reached
 from slmops.agent.serving import Backend, EngineKeeper, Router
-from slmops.agent.store.artifacts import Assembly, ArtifactStore, LocalChunks
+from slmops.agent.store.artifacts import ArtifactStore, Assembly, LocalChunks
 from slmops.agent.store.files import free_bytes, sync_folder, write_atomic
 from slmops.agent.store.layout import Layout
 from slmops.agent.store.slots import Baseline, Slot, clear_slot, read_slot, write_pointer, write_slot
@@ -105,8 +105,13 @@ class Actions:
 
     async def _resolve(self) -> ResolvedRelease:
         assignment = self._assignment()
-        if self._resolved is None or self._resolved.assignment.assignment_digest != assignment.assignment_digest:
-            self._resolved = await until_reached(f"release {assignment.version}", lambda: self._source.resolve(assignment), self._chance)
+        if (
+            self._resolved is None
+            or self._resolved.assignment.assignment_digest != assignment.assignment_digest
+        ):
+            self._resolved = await until_reached(
+                f"release {assignment.version}", lambda: self._source.resolve(assignment), self._chance
+            )
         return self._resolved
 
     async def _check_admission(self) -> Event:
@@ -147,7 +152,10 @@ class Actions:
         assembly = self._store.assembly(resolved.chunk_map)
         needed, free = assembly.missing_bytes, free_bytes(self._layout.root)
         if needed + DISK_MARGIN_BYTES > free:
-            raise NoSpaceError(f"{needed} bytes are missing, {free} are free", hint="free some disk; the device keeps serving what it has")
+            raise NoSpaceError(
+                f"{needed} bytes are missing, {free} are free",
+                hint="free some disk; the device keeps serving what it has",
+            )
         local = await asyncio.to_thread(LocalChunks, self._store, self._local_files())
         before = self.fetched_bytes
         for index, offset, sha256, size in list(assembly.missing()):
@@ -159,7 +167,9 @@ class Actions:
         return Fetched()
 
     async def _fetch_chunk(self, sha256: str, size_bytes: int) -> bytes:
-        content = await until_reached(f"chunk {sha256[:12]}", lambda: self._server.fetch_chunk(sha256, size_bytes), self._chance)
+        content = await until_reached(
+            f"chunk {sha256[:12]}", lambda: self._server.fetch_chunk(sha256, size_bytes), self._chance
+        )
         self.fetched_bytes += len(content)
         return content
 
@@ -199,7 +209,11 @@ class Actions:
         if running is not None:
             return running
         active = self._router.active
-        if active is not None and active.name != name and await asyncio.to_thread(self._needs_cold_swap, name):
+        if (
+            active is not None
+            and active.name != name
+            and await asyncio.to_thread(self._needs_cold_swap, name)
+        ):
             log.info("memory holds one engine: requests wait while it is swapped")
             await self._router.hold()
             await self._router.drain(active)
@@ -210,7 +224,9 @@ class Actions:
     def _needs_cold_swap(self, name: SlotName) -> bool:
         slot = read_slot(self._layout, name)
         if slot is None:
-            raise RuntimeLoadError(f"slot {name} is empty", hint="let the control plane assign the release again")
+            raise RuntimeLoadError(
+                f"slot {name} is empty", hint="let the control plane assign the release again"
+            )
         variant = decode(self._store.read_blob(slot.digest_of("variant")), Variant)
         needed = memory_needed(variant.model_shape(), _fit_serving(slot.assignment.serving)).total_bytes
         return needed + self._running_bytes() > read_facts(self._layout, self._config).ram_limit_bytes
@@ -227,14 +243,24 @@ class Actions:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._died[name].wait(), minimum)
         if self._died[name].is_set():
-            return Failed(Failure("content", "engine.crashed", f"the engine died in probation: {candidate.engine.log_tail()[-300:]}"))
+            return Failed(
+                Failure(
+                    "content",
+                    "engine.crashed",
+                    f"the engine died in probation: {candidate.engine.log_tail()[-300:]}",
+                )
+            )
         return Proved()
 
     async def _prove(self, candidate: Backend) -> Failure | None:
         """Golden packs and a short bench; what they showed is persisted before anything is decided by it."""
         committed_slot = self._committed_slot()
         own = await asyncio.to_thread(load_pack, self._store, candidate.slot)
-        committed = await asyncio.to_thread(load_pack, self._store, committed_slot) if committed_slot is not None else None
+        committed = (
+            await asyncio.to_thread(load_pack, self._store, committed_slot)
+            if committed_slot is not None
+            else None
+        )
         baseline = committed_slot.baseline if committed_slot is not None else None
         committed_name = self.driver.state.committed_slot
         old = self._keeper.get(committed_name) if committed_name is not None else None
@@ -249,14 +275,23 @@ class Actions:
             candidate.slot = proved
             await asyncio.to_thread(write_slot, self._layout, candidate.name, proved)
         if not candidate.engine.alive():
-            return Failure("content", "engine.crashed", f"the engine died on its golden pack: {candidate.engine.log_tail()[-300:]}")
+            return Failure(
+                "content",
+                "engine.crashed",
+                f"the engine died on its golden pack: {candidate.engine.log_tail()[-300:]}",
+            )
         return result.failure
 
     async def _bench(self, candidate: Backend) -> float | None:
         """Measure the candidate while it has no traffic, and keep it as the device's own bench."""
         began = time.perf_counter()
         try:
-            result = await bench_engine(candidate.engine, prompt_tokens=_BENCH_PROMPT_TOKENS, decode_tokens=_BENCH_DECODE_TOKENS, repeats=1)
+            result = await bench_engine(
+                candidate.engine,
+                prompt_tokens=_BENCH_PROMPT_TOKENS,
+                decode_tokens=_BENCH_DECODE_TOKENS,
+                repeats=1,
+            )
         except (HealthCheckError, SlmopsError) as error:
             log.warning("bench failed: %s", error)
             return None
@@ -300,7 +335,9 @@ class Actions:
             with contextlib.suppress(SlmopsError, OSError):
                 await self._router.point_to(await self._keeper.start(name))
                 return None
-        await self._router.give_up("the proved release does not start on this device; it is waiting for a new one")
+        await self._router.give_up(
+            "the proved release does not start on this device; it is waiting for a new one"
+        )
         return None
 
     async def _finish_commit(self) -> Event | None:
@@ -330,7 +367,11 @@ class Actions:
             await asyncio.to_thread(sync_folder, self._layout.root)
             return Restored()
         await asyncio.to_thread(write_pointer, self._layout.pointer, state.committed_slot)
-        if self._keeper.get(state.committed_slot) is None and leaving is not None and await asyncio.to_thread(self._needs_cold_swap, bad):
+        if (
+            self._keeper.get(state.committed_slot) is None
+            and leaving is not None
+            and await asyncio.to_thread(self._needs_cold_swap, bad)
+        ):
             await self._router.hold()
             await self._router.drain(leaving)
             await self._keeper.stop(bad)
@@ -350,7 +391,9 @@ class Actions:
         return await self._keeper.start(name)
 
     async def _serve_fallback(self) -> Event | None:
-        await self._router.give_up("this device could not go back to a proved release; it is waiting for a new one")
+        await self._router.give_up(
+            "this device could not go back to a proved release; it is waiting for a new one"
+        )
         await self._keeper.stop_all()
         return None
 
@@ -379,5 +422,3 @@ def _fit_serving(serving: ServingSettings | None) -> Serving:
     if serving is None:
         return Serving()
     return Serving(serving.context_tokens, serving.kv_cache, serving.parallel, serving.micro_batch_tokens)
-
-

@@ -11,7 +11,6 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
-
 import msgspec
 
 from slmops.agent.store.journal import Journal, write_journal
@@ -34,7 +33,14 @@ log = logging.getLogger("slmops.agent")
 
 #: commands that may be cancelled half way: each is repeated from the start, or undone by what follows
 CANCELLABLE = frozenset(
-    {Command.CHECK_ADMISSION, Command.FETCH, Command.VERIFY, Command.AWAIT_WINDOW, Command.ACTIVATE, Command.RUN_PROBATION}
+    {
+        Command.CHECK_ADMISSION,
+        Command.FETCH,
+        Command.VERIFY,
+        Command.AWAIT_WINDOW,
+        Command.ACTIVATE,
+        Command.RUN_PROBATION,
+    }
 )
 #: phases whose persisting may fail without stopping: going back must go on even on a full disk
 _GO_ON_UNPERSISTED = frozenset({Phase.REVERTING, Phase.REVERTED, Phase.SAFE_FALLBACK})
@@ -112,7 +118,7 @@ class Driver:
         await self._enqueue(commands)
 
     async def _stay(self, error: NoSpaceError) -> None:
-        """A forward step could not be persisted: give the candidate up in memory; the journal on disk is still the old, valid one."""
+        """A forward step could not be persisted: give the candidate up in memory; the old journal on disk stays valid."""
         failed, commands = step(self.state, Failed(Failure("environment", error.code, error.message)))
         self.journal = _next_journal(self.journal, failed, None)
         await self._enqueue(commands)
@@ -127,7 +133,11 @@ class Driver:
         for command in planned:  # steps towards the old goal are overtaken; settling what serves is not
             if command not in CANCELLABLE:
                 self._commands.put_nowait(command)
-        if self._running is not None and self._running[0] in CANCELLABLE and self._running[1] is not asyncio.current_task():
+        if (
+            self._running is not None
+            and self._running[0] in CANCELLABLE
+            and self._running[1] is not asyncio.current_task()
+        ):
             self._overtaken = self._running[1].cancel()
         for command in work:
             self._commands.put_nowait(command)
@@ -163,7 +173,10 @@ class Driver:
 
 def failure_of(command: Command, error: SlmopsError) -> Failure:
     """Content or environment? The engine refusing its file is the release's fault; disk, network and trust are not."""
-    content = command in (Command.ACTIVATE, Command.RUN_PROBATION) and error.code in ("device.runtime_load", "device.health_check")
+    content = command in (Command.ACTIVATE, Command.RUN_PROBATION) and error.code in (
+        "device.runtime_load",
+        "device.health_check",
+    )
     return Failure("content" if content else "environment", error.code, error.message)
 
 
@@ -176,7 +189,8 @@ def _next_journal(journal: Journal, state: DeviceState, assignment: Assignment |
     else:
         kept = journal.assignment
     fresh_candidate = state.candidate is not None and (
-        journal.state.candidate is None or journal.state.candidate.assignment_digest != state.candidate.assignment_digest
+        journal.state.candidate is None
+        or journal.state.candidate.assignment_digest != state.candidate.assignment_digest
     )
     changes: dict[str, object] = {"state": state, "assignment": kept}
     if fresh_candidate:
@@ -184,5 +198,3 @@ def _next_journal(journal: Journal, state: DeviceState, assignment: Assignment |
     if state.outcome != journal.state.outcome:
         changes["acknowledged"] = False
     return msgspec.structs.replace(journal, **changes)
-
-

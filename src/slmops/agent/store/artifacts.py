@@ -66,7 +66,8 @@ class ArtifactStore:
         if actual != sha256:
             self._layout.artifact(sha256).unlink(missing_ok=True)
             raise DigestError(
-                f"artifact on disk hashes to {actual}, expected {sha256}", hint="the disk damaged it; it was removed and will be fetched again"
+                f"artifact on disk hashes to {actual}, expected {sha256}",
+                hint="the disk damaged it; it was removed and will be fetched again",
             )
 
     def assembly(self, chunk_map: ChunkMap) -> Assembly:
@@ -108,7 +109,11 @@ class Assembly:
             done = bytearray(self._bitmap.read_bytes())
         except FileNotFoundError:
             done = bytearray()
-        if len(done) == count and self._partial.exists() and self._partial.stat().st_size == self._map.artifact_bytes:
+        if (
+            len(done) == count
+            and self._partial.exists()
+            and self._partial.stat().st_size == self._map.artifact_bytes
+        ):
             return done
         self._bitmap.unlink(missing_ok=True)
         return bytearray(count)

@@ -56,7 +56,10 @@ def read_journal(path: Path) -> Journal:
             hint="move journal.json away: the device then starts empty and the control plane offers its release again",
         ) from error
     if journal.schema != SCHEMA:
-        raise TrustError(f"{path}: journal schema {journal.schema}, {SCHEMA} can be read", hint="run the slmops version that wrote it")
+        raise TrustError(
+            f"{path}: journal schema {journal.schema}, {SCHEMA} can be read",
+            hint="run the slmops version that wrote it",
+        )
     return journal
 
 

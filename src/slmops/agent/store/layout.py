@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from slmops.artifact.digest import is_digest
 from slmops.core.device.machine import SlotName
 from slmops.core.errors import BugError
-from slmops.artifact.digest import is_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,5 +90,12 @@ class Layout:
 
     def make(self) -> None:
         """Create the folders, readable by the owner only."""
-        for folder in (self.root, self.key.parent, self.tuf, self.artifacts, self.root / "slots", self.engines):
+        for folder in (
+            self.root,
+            self.key.parent,
+            self.tuf,
+            self.artifacts,
+            self.root / "slots",
+            self.engines,
+        ):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)

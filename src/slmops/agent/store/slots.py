@@ -68,7 +68,10 @@ class Slot(msgspec.Struct, frozen=True, omit_defaults=True):
         for artifact in self.artifacts:
             if artifact.role == role:
                 return artifact.sha256
-        raise TrustError(f"the slot of {self.model_name} has no file with role {role}", hint="let the control plane assign the release again")
+        raise TrustError(
+            f"the slot of {self.model_name} has no file with role {role}",
+            hint="let the control plane assign the release again",
+        )
 
 
 def read_slot(layout: Layout, name: SlotName) -> Slot | None:

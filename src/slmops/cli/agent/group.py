@@ -25,7 +25,15 @@ from slmops.core.device.machine import SlotName
 from slmops.core.device.profile import BUILTIN_PROFILES
 from slmops.core.errors import UsageError
 
-_DIR = click.option("--dir", "directory", default=Path("slmops-device"), type=click.Path(file_okay=False, path_type=Path), envvar="SLMOPS_DEVICE_DIR", show_default=True, help="The device's folder.")
+_DIR = click.option(
+    "--dir",
+    "directory",
+    default=Path("slmops-device"),
+    type=click.Path(file_okay=False, path_type=Path),
+    envvar="SLMOPS_DEVICE_DIR",
+    show_default=True,
+    help="The device's folder.",
+)
 
 
 @click.group()
@@ -39,16 +47,33 @@ def agent() -> None:
 @_DIR
 @click.option("--profile", required=True, help="Device profile, for example pi5-8gb.")
 @click.option("--name", default="", help="Wished name.  [default: host name]")
-@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="For selectors, for example site=hki.")
-@click.option("--listen", default="127.0.0.1:8421", show_default=True, help="Where applications find the model; port 0 picks a free one.")
+@click.option(
+    "--label", "labels", multiple=True, metavar="KEY=VALUE", help="For selectors, for example site=hki."
+)
+@click.option(
+    "--listen",
+    default="127.0.0.1:8421",
+    show_default=True,
+    help="Where applications find the model; port 0 picks a free one.",
+)
 @click.option("--ram-limit-bytes", type=int, help="Memory that slmops may use.  [default: the profile's]")
 @click.option("--cpu-cores", type=float, help="CPU share of engines.")
 @click.option("--threads", default=1, show_default=True, help="Compute threads of an engine.")
 @json_option
 def enroll_command(  # noqa: PLR0913 - one parameter for each option
-    url: str, token: str, directory: Path, profile: str, name: str, labels: tuple[str, ...], listen: str, ram_limit_bytes: int | None, cpu_cores: float | None, threads: int, as_json: bool
+    url: str,
+    token: str,
+    directory: Path,
+    profile: str,
+    name: str,
+    labels: tuple[str, ...],
+    listen: str,
+    ram_limit_bytes: int | None,
+    cpu_cores: float | None,
+    threads: int,
+    as_json: bool,
 ) -> None:
-    """Enrol this device at the control plane URL. TOKEN "-" reads it from SLMOPS_ENROLL_TOKEN or standard input.
+    r"""Enrol this device at the control plane URL. TOKEN "-" reads it from SLMOPS_ENROLL_TOKEN or standard input.
 
     \b
     Example:
@@ -76,7 +101,14 @@ def enroll_command(  # noqa: PLR0913 - one parameter for each option
         )
     )
     if as_json:
-        print_json({"device_id": config.device_id, "server_url": config.server_url, "profile": config.profile, "directory": str(directory)})
+        print_json(
+            {
+                "device_id": config.device_id,
+                "server_url": config.server_url,
+                "profile": config.profile,
+                "directory": str(directory),
+            }
+        )
     else:
         click.echo(f"enrolled as {config.device_id}: slmops agent run --dir {directory}")
 
@@ -116,7 +148,9 @@ def status(directory: Path, as_json: bool) -> None:
     click.echo(f"  serves: {committed or 'nothing yet'}")
     click.echo(f"  agent:  {'running, ' + str(running.get('url', '')) if running else 'not running'}")
     if state.outcome is not None and state.outcome.failure is not None:
-        click.echo(f"  last:   {state.outcome.status}: {state.outcome.failure.code}: {state.outcome.failure.detail}")
+        click.echo(
+            f"  last:   {state.outcome.status}: {state.outcome.failure.code}: {state.outcome.failure.detail}"
+        )
 
 
 @agent.command("revert")
@@ -147,7 +181,8 @@ def bench(directory: Path, prompt_tokens: int, decode_tokens: int, repeats: int,
         print_json(result)
         return
     click.echo(
-        f"prefill {result.prefill_tps:.1f} tokens/s, decode {result.decode_tps:.1f} tokens/s, first token {result.ttft_s * 1000:.0f} ms, "
+        f"prefill {result.prefill_tps:.1f} tokens/s, decode {result.decode_tps:.1f} tokens/s, "
+        f"first token {result.ttft_s * 1000:.0f} ms, "
         f"load {result.load_s:.2f} s, peak RSS {megabytes(result.rss_bytes)}"
     )
 
@@ -167,7 +202,10 @@ def cache(directory: Path, prune: bool, as_json: bool) -> None:
             wanted.setdefault(artifact.sha256, []).append(f"{name}:{artifact.role}")
     if prune:
         if running_pid(layout) is not None:
-            raise UsageError("the agent is running and keeps this folder tidy by itself", hint="stop the agent first, or let it be")
+            raise UsageError(
+                "the agent is running and keeps this folder tidy by itself",
+                hint="stop the agent first, or let it be",
+            )
         freed = ArtifactStore(layout).collect_garbage(wanted)
         click.echo(f"{megabytes(freed)} removed")
         return
@@ -184,7 +222,11 @@ _SLOTS: tuple[SlotName, SlotName] = ("a", "b")
 
 def _slot_summary(layout: Layout, name: SlotName | None) -> str:
     slot = read_slot(layout, name) if name is not None else None
-    return f"{slot.model_name}@{slot.assignment.version} ({slot.assignment.release_sha256[:12]})" if slot is not None else ""
+    return (
+        f"{slot.model_name}@{slot.assignment.version} ({slot.assignment.release_sha256[:12]})"
+        if slot is not None
+        else ""
+    )
 
 
 def _running(layout: Layout) -> dict[str, object]:
@@ -193,7 +235,9 @@ def _running(layout: Layout) -> dict[str, object]:
         return {}
     try:
         found = msgspec.json.decode((layout.root / "run.json").read_bytes(), type=dict[str, object])
-        health = httpx.get(f"{str(found['url']).removesuffix('/v1')}/health", timeout=5.0, trust_env=False).json()
+        health = httpx.get(
+            f"{str(found['url']).removesuffix('/v1')}/health", timeout=5.0, trust_env=False
+        ).json()
     except (OSError, msgspec.MsgspecError, httpx.HTTPError, KeyError, ValueError):
         return {"pid": running_pid(layout)}
     return {**found, "health": health}

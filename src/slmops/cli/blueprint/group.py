@@ -10,7 +10,14 @@ from slmops.cli.connection import connect, json_option, with_server
 from slmops.cli.output import megabytes, print_json, print_table
 from slmops.client.records import BlueprintPlan
 
-_file = click.option("-f", "--file", "file", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Blueprint YAML.")
+_file = click.option(
+    "-f",
+    "--file",
+    "file",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Blueprint YAML.",
+)
 
 
 @click.group()
@@ -34,7 +41,7 @@ def plan(file: Path, server: str, token_file: Path | None, as_json: bool) -> Non
 @with_server
 @json_option
 def apply(file: Path, server: str, token_file: Path | None, as_json: bool) -> None:
-    """Apply a blueprint; begins a rollout when it changes what devices run.
+    r"""Apply a blueprint; begins a rollout when it changes what devices run.
 
     \b
     Example:
@@ -62,8 +69,15 @@ def list_command(server: str, token_file: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    rows = [(b.name, b.revision, b.model, b.channel or b.version, b.selector or "all", b.applied_by, b.applied_at) for b in found]
-    print_table(("blueprint", "rev", "model", "release", "selector", "by", "when"), rows, empty="no blueprints: slmops blueprint apply -f FILE")
+    rows = [
+        (b.name, b.revision, b.model, b.channel or b.version, b.selector or "all", b.applied_by, b.applied_at)
+        for b in found
+    ]
+    print_table(
+        ("blueprint", "rev", "model", "release", "selector", "by", "when"),
+        rows,
+        empty="no blueprints: slmops blueprint apply -f FILE",
+    )
 
 
 @blueprint.command("history")
@@ -77,7 +91,13 @@ def history(name: str, server: str, token_file: Path | None, as_json: bool) -> N
     if as_json:
         print_json(found)
         return
-    print_table(("rev", "release", "rollout", "by", "when"), [(b.revision, b.channel or b.version, b.rollout_id or "-", b.applied_by, b.applied_at) for b in found])
+    print_table(
+        ("rev", "release", "rollout", "by", "when"),
+        [
+            (b.revision, b.channel or b.version, b.rollout_id or "-", b.applied_by, b.applied_at)
+            for b in found
+        ],
+    )
 
 
 def print_plan(planned: BlueprintPlan) -> None:
@@ -86,9 +106,21 @@ def print_plan(planned: BlueprintPlan) -> None:
     for wave in planned.waves:
         click.echo(f"  wave {wave.index + 1} ({wave.rule}): {', '.join(wave.devices) or 'nobody'}")
     rows = [
-        (c.device_id, c.wave + 1, c.variant or "-", megabytes(c.artifact_bytes), megabytes(c.memory_bytes), f"{c.predicted_decode_tps:.0f}" + ("" if c.speed_is_measured else " predicted"), "; ".join(r for v in c.refused for r in v.reasons))
+        (
+            c.device_id,
+            c.wave + 1,
+            c.variant or "-",
+            megabytes(c.artifact_bytes),
+            megabytes(c.memory_bytes),
+            f"{c.predicted_decode_tps:.0f}" + ("" if c.speed_is_measured else " predicted"),
+            "; ".join(r for v in c.refused for r in v.reasons),
+        )
         for c in planned.choices
     ]
-    print_table(("device", "wave", "variant", "file", "memory", "decode/s", "refused"), rows, empty="  no devices match")
+    print_table(
+        ("device", "wave", "variant", "file", "memory", "decode/s", "refused"),
+        rows,
+        empty="  no devices match",
+    )
     for note in planned.notes:
         click.secho(f"  note: {note}", fg="yellow")

@@ -31,22 +31,45 @@ def show_steps(progress: Progress) -> Any:
         elif event.state == "cached":
             progress.done(f"{where} {event.step}: known, not run again")
         else:
-            progress.done(f"{where} {event.step}: {event.state} in {event.seconds:.1f} s {event.note}".rstrip())
+            progress.done(
+                f"{where} {event.step}: {event.state} in {event.seconds:.1f} s {event.note}".rstrip()
+            )
 
     return show
 
 
 @build.command("run")
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Build directory.  [default: build/RECIPE'S NAME]")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Build directory.  [default: build/RECIPE'S NAME]",
+)
 @click.option("--target", "targets", multiple=True, help="Only this profile (may be repeated).")
-@click.option("--engine", type=click.Choice(["local"]), default="local", show_default=True, help="Where the steps run.")
-@click.option("--cache", "cache_folder", type=click.Path(file_okay=False, path_type=Path), envvar="SLMOPS_CACHE", help="Step cache.  [default: .slmops-cache]")
+@click.option(
+    "--engine", type=click.Choice(["local"]), default="local", show_default=True, help="Where the steps run."
+)
+@click.option(
+    "--cache",
+    "cache_folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    envvar="SLMOPS_CACHE",
+    help="Step cache.  [default: .slmops-cache]",
+)
 @click.option("--fast", is_flag=True, help="Evaluate less (recorded in the evidence).")
 @click.option("--workers", default=2, show_default=True, help="Steps at once.")
 @json_option
-def run(recipe: Path, out: Path | None, targets: tuple[str, ...], engine: str, cache_folder: Path | None, fast: bool, workers: int, as_json: bool) -> None:
-    """Build what RECIPE describes. Steps whose inputs did not change are not run again.
+def run(
+    recipe: Path,
+    out: Path | None,
+    targets: tuple[str, ...],
+    engine: str,
+    cache_folder: Path | None,
+    fast: bool,
+    workers: int,
+    as_json: bool,
+) -> None:
+    r"""Build what RECIPE describes. Steps whose inputs did not change are not run again.
 
     \b
     Examples:
@@ -55,15 +78,33 @@ def run(recipe: Path, out: Path | None, targets: tuple[str, ...], engine: str, c
     """
     folder = out or Path("build") / recipe.resolve().parent.name
     result = run_build(
-        recipe, folder, cache_dir=cache_folder, targets=list(targets) or None, fast=fast, progress=show_steps(Progress(quiet=as_json)), workers=workers
+        recipe,
+        folder,
+        cache_dir=cache_folder,
+        targets=list(targets) or None,
+        fast=fast,
+        progress=show_steps(Progress(quiet=as_json)),
+        workers=workers,
     )
     if as_json:
-        print_json({"directory": str(folder), "changed": result.changed, "steps_run": result.steps_run, "steps_cached": result.steps_cached, "seconds": result.seconds, "verdict": result.verdict, **describe(load_build(folder))})
+        print_json(
+            {
+                "directory": str(folder),
+                "changed": result.changed,
+                "steps_run": result.steps_run,
+                "steps_cached": result.steps_cached,
+                "seconds": result.seconds,
+                "verdict": result.verdict,
+                **describe(load_build(folder)),
+            }
+        )
         return
     if not result.changed:
         click.echo(f"nothing to do: {folder} already holds this build ({result.steps_cached} steps known)")
     else:
-        click.echo(f"built {folder} in {result.seconds:.0f} s ({result.steps_run} steps run, {result.steps_cached} known)")
+        click.echo(
+            f"built {folder} in {result.seconds:.0f} s ({result.steps_run} steps run, {result.steps_cached} known)"
+        )
     _print_build(describe(load_build(folder)))
 
 
@@ -106,7 +147,12 @@ def _print_nested(value: Any, indent: str) -> None:
                 click.echo(f"{indent}- {item}")
 
 
-_COLOURS = {Verdict.PASS.value: "green", Verdict.FAIL.value: "red", Verdict.ERROR.value: "red", Verdict.INCONCLUSIVE.value: "yellow"}
+_COLOURS = {
+    Verdict.PASS.value: "green",
+    Verdict.FAIL.value: "red",
+    Verdict.ERROR.value: "red",
+    Verdict.INCONCLUSIVE.value: "yellow",
+}
 
 
 def _print_build(described: dict[str, Any]) -> None:
@@ -137,5 +183,18 @@ def print_variants(variants: list[dict[str, Any]]) -> None:
                 f"{percent(m.get('schema_valid_ratio'))} / {percent(m.get('schema_valid_constrained_ratio'))}",
             )
         )
-    headings = ("profile", "file", "bits/w", "mean KL", "same top", "ppl", "decode/s", "prefill/s", "load s", "peak RSS", "exact", "valid JSON free / constrained")
+    headings = (
+        "profile",
+        "file",
+        "bits/w",
+        "mean KL",
+        "same top",
+        "ppl",
+        "decode/s",
+        "prefill/s",
+        "load s",
+        "peak RSS",
+        "exact",
+        "valid JSON free / constrained",
+    )
     print_table(headings, rows)

@@ -26,18 +26,35 @@ def find_project() -> Path:
     for root in (Path.cwd(), Path(slmops.__file__).resolve().parents[2]):
         if (root / _EXAMPLE / "recipe.yaml").exists():
             return root / _EXAMPLE
-    raise NotFoundError(f"{_EXAMPLE}/recipe.yaml is not here", hint="run 'slmops demo' in a clone of the repository, or give --project DIR")
+    raise NotFoundError(
+        f"{_EXAMPLE}/recipe.yaml is not here",
+        hint="run 'slmops demo' in a clone of the repository, or give --project DIR",
+    )
 
 
 @click.command()
-@click.option("--fast", is_flag=True, help="Evaluate less, and exit at the end instead of keeping the dashboard up.")
+@click.option(
+    "--fast", is_flag=True, help="Evaluate less, and exit at the end instead of keeping the dashboard up."
+)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the summary as JSON.")
-@click.option("--work", type=click.Path(file_okay=False, path_type=Path), default=Path(".demo"), show_default=True, help="Where the demo keeps its files.")
-@click.option("--project", type=click.Path(exists=True, file_okay=False, path_type=Path), help="The example project.  [default: examples/home-intents]")
+@click.option(
+    "--work",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path(".demo"),
+    show_default=True,
+    help="Where the demo keeps its files.",
+)
+@click.option(
+    "--project",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="The example project.  [default: examples/home-intents]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def demo(fast: bool, out: Path | None, work: Path, project: Path | None, as_json: bool) -> None:
-    """The main job, end to end, on this machine: build three variants, sign them, roll them out to six real agent
-    processes in waves, and watch a bad release being refused while a client keeps asking.
+    r"""The main job, end to end, on this machine.
+
+    Builds three variants, signs them, rolls them out to six real agent processes in waves, and shows how a bad release
+    is refused while a client keeps asking.
 
     \b
     Examples:

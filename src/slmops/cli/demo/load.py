@@ -51,7 +51,9 @@ class LoadClient:
     def start(self) -> None:
         """Begin to ask."""
         for index, (device, url) in enumerate(self._urls.items()):
-            thread = threading.Thread(target=self._ask_for_ever, args=(device, url, index), daemon=True, name=f"load-{device}")
+            thread = threading.Thread(
+                target=self._ask_for_ever, args=(device, url, index), daemon=True, name=f"load-{device}"
+            )
             thread.start()
             self._threads.append(thread)
 
@@ -89,11 +91,19 @@ def ask(client: httpx.Client, model: str, command: str, *, stream: bool) -> tupl
         ValueError: the stream did not end as it must.
         httpx.HTTPError: anything that a client would call a failed request.
     """
-    body = {"model": model, "messages": [{"role": "user", "content": command}], "max_tokens": 48, "temperature": 0, "stream": stream}
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": command}],
+        "max_tokens": 48,
+        "temperature": 0,
+        "stream": stream,
+    }
     if not stream:
         response = client.post("/chat/completions", json=body)
         response.raise_for_status()
-        return str(response.json()["choices"][0]["message"]["content"]), response.headers.get("X-Slmops-Release", "")
+        return str(response.json()["choices"][0]["message"]["content"]), response.headers.get(
+            "X-Slmops-Release", ""
+        )
     pieces: list[str] = []
     with client.stream("POST", "/chat/completions", json=body) as response:
         if response.is_error:

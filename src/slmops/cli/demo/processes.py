@@ -48,8 +48,12 @@ class Processes:
         """Start ``slmops ...`` in the background; its output goes to ``logs/NAME.log``."""
         self.logs.mkdir(parents=True, exist_ok=True)
         with (self.logs / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen(  # noqa: S603 - our own command line
-                slmops_command(*arguments), stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            process = subprocess.Popen(
+                slmops_command(*arguments),
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
         self.running[name] = process
         return process
@@ -62,7 +66,10 @@ class Processes:
         """
         for name, process in self.running.items():
             if process.poll() is not None:
-                raise BusyError(f"{name} ended with code {process.returncode}: {self.tail(name)}", hint=f"see {self.logs / name}.log")
+                raise BusyError(
+                    f"{name} ended with code {process.returncode}: {self.tail(name)}",
+                    hint=f"see {self.logs / name}.log",
+                )
 
     def tail(self, name: str) -> str:
         """The last lines of a log."""
@@ -98,7 +105,9 @@ def wait_for_http(url: str, processes: Processes, timeout_s: float = 60.0) -> No
         except httpx.HTTPError:
             pass
         time.sleep(0.1)
-    raise DeadlineError(f"{url} did not answer within {timeout_s:.0f} s", hint=f"see the logs in {processes.logs}")
+    raise DeadlineError(
+        f"{url} did not answer within {timeout_s:.0f} s", hint=f"see the logs in {processes.logs}"
+    )
 
 
 def wait_for_run_file(folder: Path, processes: Processes, timeout_s: float = 60.0) -> str:
@@ -110,4 +119,7 @@ def wait_for_run_file(folder: Path, processes: Processes, timeout_s: float = 60.
             return str(msgspec.json.decode((folder / "run.json").read_bytes(), type=dict[str, object])["url"])
         except (FileNotFoundError, msgspec.MsgspecError):
             time.sleep(0.1)
-    raise DeadlineError(f"the agent in {folder} did not start within {timeout_s:.0f} s", hint=f"see the logs in {processes.logs}")
+    raise DeadlineError(
+        f"the agent in {folder} did not start within {timeout_s:.0f} s",
+        hint=f"see the logs in {processes.logs}",
+    )

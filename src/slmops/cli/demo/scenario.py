@@ -108,14 +108,22 @@ class Scenario:
     def _make_dataset(self) -> None:
         data = self.options.project / "data"
         script = self.options.project / "make_dataset.py"
-        subprocess.run([sys.executable, str(script), "--out", str(data)], check=True, stdout=subprocess.DEVNULL)  # noqa: S603 - our own script
+        subprocess.run(
+            [sys.executable, str(script), "--out", str(data)], check=True, stdout=subprocess.DEVNULL
+        )
         click.echo(f"home-assistant-intents: commands to JSON, split by template ({data})")
 
     def _build(self, recipe: str, name: str) -> Path:
         folder = self.options.work / "build" / name
         cache = self.options.work / "cache"
         result = run_build(
-            self.options.project / recipe, folder, cache_dir=cache, targets=None, fast=self.options.fast, progress=show_steps(Progress()), workers=2
+            self.options.project / recipe,
+            folder,
+            cache_dir=cache,
+            targets=None,
+            fast=self.options.fast,
+            progress=show_steps(Progress()),
+            workers=2,
         )
         click.echo(f"{result.steps_run} steps run, {result.steps_cached} known, {result.seconds:.0f} s")
         return folder
@@ -126,13 +134,23 @@ class Scenario:
         scores = described["scores"]
         for name in ("base", "merged"):
             if name in scores:
-                click.echo(f"exact match on held-out templates, {name}: {percent(scores[name]['exact_match_ratio'])}")
+                click.echo(
+                    f"exact match on held-out templates, {name}: {percent(scores[name]['exact_match_ratio'])}"
+                )
         for gate in described["gates"]:
             click.echo(f"  {gate['verdict']:<12} {gate.get('profile', '')} {gate['gate']}: {gate['reason']}")
         again = run_build(
-            self.options.project / "recipe.yaml", folder, cache_dir=self.options.work / "cache", targets=None, fast=self.options.fast, progress=lambda event: None, workers=2
+            self.options.project / "recipe.yaml",
+            folder,
+            cache_dir=self.options.work / "cache",
+            targets=None,
+            fast=self.options.fast,
+            progress=lambda event: None,
+            workers=2,
         )
-        click.echo(f"the same build again: {'something changed' if again.changed else 'nothing to do'} ({again.seconds:.1f} s)")
+        click.echo(
+            f"the same build again: {'something changed' if again.changed else 'nothing to do'} ({again.seconds:.1f} s)"
+        )
 
     def _make_keys(self) -> None:
         init_keys(self._workspace, self._data, self._passphrase, _now())
@@ -141,16 +159,28 @@ class Scenario:
     def _release(self, build: Path, version: str, waivers: dict[str, str]) -> Path:
         folder = self._run / "releases" / version
         bundle = create_release(
-            build, version=version, workspace=self._workspace, passphrase=self._passphrase, waivers=waivers, out_dir=folder, created=_now()
+            build,
+            version=version,
+            workspace=self._workspace,
+            passphrase=self._passphrase,
+            waivers=waivers,
+            out_dir=folder,
+            created=_now(),
         )
-        click.echo(f"signed {bundle.release.model}@{version}, digest {bundle.digest[:16]}, release_seq {bundle.release.release_seq}")
+        click.echo(
+            f"signed {bundle.release.model}@{version}, digest {bundle.digest[:16]}, release_seq {bundle.release.release_seq}"
+        )
         for waiver in bundle.release.waivers:
             click.secho(f"  waived {waiver.gate}: {waiver.reason}", fg="yellow")
         return folder
 
     def _waivers_for(self, build: Path) -> dict[str, str]:
         """Waive what the bad build fails: the drill is about what happens after somebody did."""
-        failed = {gate["gate"] for gate in describe(load_build(build))["gates"] if gate["verdict"] in ("fail", "error")}
+        failed = {
+            gate["gate"]
+            for gate in describe(load_build(build))["gates"]
+            if gate["verdict"] in ("fail", "error")
+        }
         if not failed:
             raise BugError("the bad release passes its build gates: it would prove nothing")
         return dict.fromkeys(sorted(failed), "drill: shows that devices refuse a bad release by themselves")
@@ -160,10 +190,35 @@ class Scenario:
     def _start_server(self) -> None:
         port = free_port(8420)
         self._server_url = f"http://127.0.0.1:{port}"
-        self._processes.start("server", "server", "run", "--data-dir", str(self._data), "--listen", f"127.0.0.1:{port}", "--poll-s", "1", "--tick-s", "0.5")
+        self._processes.start(
+            "server",
+            "server",
+            "run",
+            "--data-dir",
+            str(self._data),
+            "--listen",
+            f"127.0.0.1:{port}",
+            "--poll-s",
+            "1",
+            "--tick-s",
+            "0.5",
+        )
         wait_for_http(f"{self._server_url}/readyz", self._processes)
-        made = subprocess.run(  # noqa: S603 - our own command line
-            slmops_command("server", "token", "create", "--data-dir", str(self._data), "--role", "admin", "--name", "demo"), check=True, capture_output=True, text=True
+        made = subprocess.run(
+            slmops_command(
+                "server",
+                "token",
+                "create",
+                "--data-dir",
+                str(self._data),
+                "--role",
+                "admin",
+                "--name",
+                "demo",
+            ),
+            check=True,
+            capture_output=True,
+            text=True,
         )
         token = made.stdout.strip()
         token_file = self._run / "operator-token"
@@ -187,9 +242,24 @@ class Scenario:
         for index, (name, profile) in enumerate(FLEET):
             folder = self._run / "devices" / name
             token = self.plane.create_device_token(ttl_s=600, uses=1).token
-            labels = ["--label", f"site={'hki' if index % 2 else 'tre'}"] + (["--label", "canary=always"] if name == CANARY else [])
-            subprocess.run(  # noqa: S603 - our own command line; the token goes by the environment, not by argv
-                slmops_command("agent", "enroll", self._server_url, "--dir", str(folder), "--profile", profile, "--name", name, "--listen", "127.0.0.1:0", *labels),
+            labels = ["--label", f"site={'hki' if index % 2 else 'tre'}"] + (
+                ["--label", "canary=always"] if name == CANARY else []
+            )
+            subprocess.run(
+                slmops_command(
+                    "agent",
+                    "enroll",
+                    self._server_url,
+                    "--dir",
+                    str(folder),
+                    "--profile",
+                    profile,
+                    "--name",
+                    name,
+                    "--listen",
+                    "127.0.0.1:0",
+                    *labels,
+                ),
                 check=True,
                 stdout=subprocess.DEVNULL,
                 env={**os.environ, "SLMOPS_ENROLL_TOKEN": token},
@@ -202,11 +272,18 @@ class Scenario:
     # ---- rollouts ----------------------------------------------------------------------------------------------------
 
     def _roll_out(self, version: str) -> RolloutDetail:
-        text = (self.options.project / "blueprint.yaml").read_text(encoding="utf-8").replace(f"version: {GOOD}", f"version: {version}")
+        text = (
+            (self.options.project / "blueprint.yaml")
+            .read_text(encoding="utf-8")
+            .replace(f"version: {GOOD}", f"version: {version}")
+        )
         applied = self.plane.apply_blueprint(text, "blueprint.yaml")
         for choice in applied.plan.choices:
             if version == GOOD:
-                click.echo(f"  {choice.device_id}: variant {choice.variant}, {megabytes(choice.artifact_bytes)}, {megabytes(choice.memory_bytes)} of memory")
+                click.echo(
+                    f"  {choice.device_id}: variant {choice.variant}, {megabytes(choice.artifact_bytes)}, "
+                    f"{megabytes(choice.memory_bytes)} of memory"
+                )
         deadline = time.monotonic() + _ROLLOUT_TIMEOUT_S
         seen = ""
         while time.monotonic() < deadline:
@@ -222,7 +299,10 @@ class Scenario:
                     self._say_limits()
                 return found
             time.sleep(0.5)
-        raise DeadlineError(f"the rollout of {version} did not end within {_ROLLOUT_TIMEOUT_S:.0f} s", hint=f"see the logs in {self._processes.logs}")
+        raise DeadlineError(
+            f"the rollout of {version} did not end within {_ROLLOUT_TIMEOUT_S:.0f} s",
+            hint=f"see the logs in {self._processes.logs}",
+        )
 
     def _say_limits(self) -> None:
         """Whether memory and CPU limits are really enforced here, in the runtime's own words."""
@@ -234,10 +314,14 @@ class Scenario:
             click.echo(f"  limit: {text}")
 
     def _ask_one_device(self) -> None:
-        command, gold = next(pair for pair in eval_commands(self.options.project / "data" / "eval.jsonl") if len(pair[0]) < 60)
+        command, gold = next(
+            pair for pair in eval_commands(self.options.project / "data" / "eval.jsonl") if len(pair[0]) < 60
+        )
         with httpx.Client(base_url=self._urls[CANARY], timeout=120.0, trust_env=False) as client:
             answer, release = ask(client, "home-intents", command, stream=True)
-        click.echo(f"asked {CANARY}: {command!r}\n   answer: {answer}\n   expected: {gold}\n   by release: {release}")
+        click.echo(
+            f"asked {CANARY}: {command!r}\n   answer: {answer}\n   expected: {gold}\n   by release: {release}"
+        )
 
     def _start_load(self) -> None:
         commands = [command for command, _ in eval_commands(self.options.project / "data" / "eval.jsonl")]
@@ -260,7 +344,17 @@ class Scenario:
                     {
                         "profile": v["profile"],
                         "artifact_bytes": v["artifact_bytes"],
-                        **{k: v["measured"].get(k) for k in ("bits_per_weight", "kld_mean", "same_top_ratio", "decode_tps", "rss_bytes", "exact_match_ratio")},
+                        **{
+                            k: v["measured"].get(k)
+                            for k in (
+                                "bits_per_weight",
+                                "kld_mean",
+                                "same_top_ratio",
+                                "decode_tps",
+                                "rss_bytes",
+                                "exact_match_ratio",
+                            )
+                        },
                     }
                     for v in described["variants"]
                 ],
@@ -276,8 +370,16 @@ class Scenario:
                     }
                     for r in rollouts
                 ],
-                "requests": {"served": tally.served, "failed": tally.failed, "releases": dict(tally.releases), "problems": tally.problems},
-                "devices": [{"id": d.id, "profile": d.profile, "release": d.release, "state": d.phase} for d in devices],
+                "requests": {
+                    "served": tally.served,
+                    "failed": tally.failed,
+                    "releases": dict(tally.releases),
+                    "problems": tally.problems,
+                },
+                "devices": [
+                    {"id": d.id, "profile": d.profile, "release": d.release, "state": d.phase}
+                    for d in devices
+                ],
                 "moved_bytes": sum(d.fetched_bytes for d in devices),
                 "seconds": round(time.monotonic() - self.began, 1),
                 "fast": self.options.fast,
@@ -287,13 +389,36 @@ class Scenario:
 
     def _print_summary(self, rollouts: list[RolloutDetail]) -> None:
         self._say("summary")
-        rows = [(v["profile"], megabytes(v["artifact_bytes"]), f"{v['bits_per_weight']:.2f}", f"{v['kld_mean']:.4f}", percent(v["same_top_ratio"]), f"{v['decode_tps']:.0f}", megabytes(v["rss_bytes"]), percent(v["exact_match_ratio"])) for v in self.summary["variants"]]
-        print_table(("variant", "file", "bits/w", "mean KL", "same top", "decode/s", "peak RSS", "exact"), rows)
+        rows = [
+            (
+                v["profile"],
+                megabytes(v["artifact_bytes"]),
+                f"{v['bits_per_weight']:.2f}",
+                f"{v['kld_mean']:.4f}",
+                percent(v["same_top_ratio"]),
+                f"{v['decode_tps']:.0f}",
+                megabytes(v["rss_bytes"]),
+                percent(v["exact_match_ratio"]),
+            )
+            for v in self.summary["variants"]
+        ]
+        print_table(
+            ("variant", "file", "bits/w", "mean KL", "same top", "decode/s", "peak RSS", "exact"), rows
+        )
         click.echo()
-        print_table(("release", "outcome", "committed", "reverted", "untouched"), [(r["release"], r["outcome"], r["committed"], r["reverted"], r["untouched"]) for r in self.summary["rollouts"]])
+        print_table(
+            ("release", "outcome", "committed", "reverted", "untouched"),
+            [
+                (r["release"], r["outcome"], r["committed"], r["reverted"], r["untouched"])
+                for r in self.summary["rollouts"]
+            ],
+        )
         click.echo(f"\n{rollouts[-1].reason}")
         requests = self.summary["requests"]
-        click.echo(f"requests during the bad rollout: {requests['served']} served, {requests['failed']} failed · moved to devices: {megabytes(self.summary['moved_bytes'])} · {self.summary['seconds']:.0f} s")
+        click.echo(
+            f"requests during the bad rollout: {requests['served']} served, {requests['failed']} failed · "
+            f"moved to devices: {megabytes(self.summary['moved_bytes'])} · {self.summary['seconds']:.0f} s"
+        )
 
     def require_expected_outcome(self) -> None:
         """Fail when the demo did not show what it promises.
@@ -304,19 +429,33 @@ class Scenario:
         first, second = self.summary["rollouts"]
         problems = []
         if first["outcome"] != Phase.COMPLETED.value or first["committed"] != len(FLEET):
-            problems.append(f"the good release: {first['outcome']}, {first['committed']} of {len(FLEET)} devices")
-        if second["outcome"] != Phase.ROLLED_BACK.value or second["committed"] or second["untouched"] != len(FLEET) - 1:
-            problems.append(f"the bad release: {second['outcome']}, {second['committed']} committed, {second['untouched']} untouched")
+            problems.append(
+                f"the good release: {first['outcome']}, {first['committed']} of {len(FLEET)} devices"
+            )
+        if (
+            second["outcome"] != Phase.ROLLED_BACK.value
+            or second["committed"]
+            or second["untouched"] != len(FLEET) - 1
+        ):
+            problems.append(
+                f"the bad release: {second['outcome']}, {second['committed']} committed, {second['untouched']} untouched"
+            )
         if self.summary["requests"]["failed"] or not self.summary["requests"]["served"]:
             problems.append(f"requests: {self.summary['requests']}")
         if any(not d["release"].endswith(GOOD) for d in self.summary["devices"]):
             problems.append(f"devices: {self.summary['devices']}")
         if problems:
-            raise GateError("the demo did not end as it must: " + "; ".join(problems), hint=f"see the logs in {self._processes.logs}")
+            raise GateError(
+                "the demo did not end as it must: " + "; ".join(problems),
+                hint=f"see the logs in {self._processes.logs}",
+            )
 
     def keep_up(self) -> None:
         """Keep everything running until Ctrl-C."""
-        click.echo(f"\nThe fleet stays up: dashboard {self._server_url} (token: {self._run / 'operator-token'}), model {self._urls[CANARY]}\nCtrl-C ends it.")
+        click.echo(
+            f"\nThe fleet stays up until Ctrl-C.\n  dashboard: {self._server_url} (token: {self._run / 'operator-token'})\n"
+            f"  model:     {self._urls[CANARY]}"
+        )
         try:
             while True:
                 self._processes.check()

@@ -27,8 +27,23 @@ def list_command(selector: str, server: str, token_file: Path | None, as_json: b
     if as_json:
         print_json(found)
         return
-    rows = [(d.id, d.profile, d.release or "-", d.phase or "never seen", d.last_seen_at or "-", d.requests, d.failed_requests) for d in found]
-    print_table(("device", "profile", "release", "phase", "last seen", "requests", "failed"), rows, empty="no devices: slmops device token create")
+    rows = [
+        (
+            d.id,
+            d.profile,
+            d.release or "-",
+            d.phase or "never seen",
+            d.last_seen_at or "-",
+            d.requests,
+            d.failed_requests,
+        )
+        for d in found
+    ]
+    print_table(
+        ("device", "profile", "release", "phase", "last seen", "requests", "failed"),
+        rows,
+        empty="no devices: slmops device token create",
+    )
 
 
 @device.command("show")
@@ -42,12 +57,20 @@ def show(device_id: str, server: str, token_file: Path | None, as_json: bool) ->
     if as_json:
         print_json(found)
         return
-    click.echo(f"{found.id} ({found.profile}, {found.state}): {found.phase or 'never seen'}, release {found.release or '-'}")
+    click.echo(
+        f"{found.id} ({found.profile}, {found.state}): {found.phase or 'never seen'}, release {found.release or '-'}"
+    )
     click.echo(f"labels: {', '.join(f'{k}={v}' for k, v in sorted(found.labels.items())) or '-'}")
     facts = found.facts
-    click.echo(f"facts: {facts.arch}, {facts.cores} cores, {megabytes(facts.ram_limit_bytes)} RAM allowed, {megabytes(facts.disk_free_bytes)} disk free")
+    click.echo(
+        f"facts: {facts.arch}, {facts.cores} cores, {megabytes(facts.ram_limit_bytes)} RAM allowed, "
+        f"{megabytes(facts.disk_free_bytes)} disk free"
+    )
     if facts.bench is not None:
-        click.echo(f"bench: {facts.bench.decode_tps:.1f} decode tokens/s, {facts.bench.prefill_tps:.1f} prefill, RSS {megabytes(facts.bench.rss_bytes)}")
+        click.echo(
+            f"bench: {facts.bench.decode_tps:.1f} decode tokens/s, {facts.bench.prefill_tps:.1f} prefill, "
+            f"RSS {megabytes(facts.bench.rss_bytes)}"
+        )
     rows = [(o.received_at, o.status, o.code or "-", o.detail) for o in found.outcomes]
     print_table(("when", "outcome", "code", "detail"), rows, empty="no outcomes yet")
 
@@ -57,8 +80,10 @@ def show(device_id: str, server: str, token_file: Path | None, as_json: bool) ->
 @click.argument("labels", nargs=-1, required=True, metavar="KEY=VALUE...")
 @with_server
 @json_option
-def label(device_id: str, labels: tuple[str, ...], server: str, token_file: Path | None, as_json: bool) -> None:
-    """Set labels (KEY=VALUE) or remove them (KEY-).
+def label(
+    device_id: str, labels: tuple[str, ...], server: str, token_file: Path | None, as_json: bool
+) -> None:
+    r"""Set labels (KEY=VALUE) or remove them (KEY-).
 
     \b
     Example:
@@ -72,10 +97,14 @@ def label(device_id: str, labels: tuple[str, ...], server: str, token_file: Path
         elif item.endswith("-") and not equals:
             changes[item[:-1]] = None
         else:
-            raise UsageError(f"label {item!r} is neither KEY=VALUE nor KEY-", hint="for example: canary=always")
+            raise UsageError(
+                f"label {item!r} is neither KEY=VALUE nor KEY-", hint="for example: canary=always"
+            )
     with connect(server, token_file) as plane:
         found = plane.set_labels(device_id, changes)
-    print_json(found) if as_json else click.echo(f"{found.id}: {', '.join(f'{k}={v}' for k, v in sorted(found.labels.items()))}")
+    print_json(found) if as_json else click.echo(
+        f"{found.id}: {', '.join(f'{k}={v}' for k, v in sorted(found.labels.items()))}"
+    )
 
 
 @device.command("retire")
@@ -100,7 +129,9 @@ def token() -> None:
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Labels that the devices get.")
 @with_server
 @json_option
-def create(ttl_s: int, uses: int, labels: tuple[str, ...], server: str, token_file: Path | None, as_json: bool) -> None:
+def create(
+    ttl_s: int, uses: int, labels: tuple[str, ...], server: str, token_file: Path | None, as_json: bool
+) -> None:
     """Make an enrolment token and print it once."""
     wanted = dict(item.partition("=")[::2] for item in labels)
     with connect(server, token_file) as plane:

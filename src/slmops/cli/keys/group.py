@@ -27,15 +27,26 @@ def workspace_of(folder: Path | None) -> Workspace:
     return Workspace(folder) if folder is not None else Workspace.default()
 
 
-keys_option = click.option("--keys", "keys_folder", type=click.Path(file_okay=False, path_type=Path), envvar="SLMOPS_KEYS", help="Folder of the offline keys.")
+keys_option = click.option(
+    "--keys",
+    "keys_folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    envvar="SLMOPS_KEYS",
+    help="Folder of the offline keys.",
+)
 
 
 @keys.command("init")
-@click.option("--server-data", required=True, type=click.Path(file_okay=False, path_type=Path), help="The control plane's data folder: gets its online key and the signed root.")
+@click.option(
+    "--server-data",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="The control plane's data folder: gets its online key and the signed root.",
+)
 @keys_option
 @json_option
 def init(server_data: Path, keys_folder: Path | None, as_json: bool) -> None:
-    """Make root and release keys, and trust for one control plane.
+    r"""Make root and release keys, and trust for one control plane.
 
     \b
     Example:
@@ -46,8 +57,13 @@ def init(server_data: Path, keys_folder: Path | None, as_json: bool) -> None:
         print_json(report)
         return
     click.echo(f"keys made: {workspace_of(keys_folder).path}")
-    print_table(("role", "key id", "where", "offline"), [(k.role, k.keyid[:16], k.place, "yes" if k.offline else "no") for k in report.keys])
-    click.echo("Keep the offline keys and their passphrase away from the control plane. There is no way to restore them.")
+    print_table(
+        ("role", "key id", "where", "offline"),
+        [(k.role, k.keyid[:16], k.place, "yes" if k.offline else "no") for k in report.keys],
+    )
+    click.echo(
+        "Keep the offline keys and their passphrase away from the control plane. There is no way to restore them."
+    )
 
 
 @keys.command("list")
@@ -59,4 +75,8 @@ def list_command(keys_folder: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    print_table(("role", "key id", "where", "offline"), [(k.role, k.keyid[:16], k.place, "yes" if k.offline else "no") for k in found], empty="no keys: slmops keys init")
+    print_table(
+        ("role", "key id", "where", "offline"),
+        [(k.role, k.keyid[:16], k.place, "yes" if k.offline else "no") for k in found],
+        empty="no keys: slmops keys init",
+    )

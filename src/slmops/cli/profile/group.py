@@ -22,7 +22,10 @@ def list_command(as_json: bool) -> None:
     if as_json:
         print_json(list(BUILTIN_PROFILES.values()))
         return
-    rows = [(p.name, p.arch, megabytes(p.ram_bytes), megabytes(p.disk_bytes), p.cores, ", ".join(p.runtimes)) for p in BUILTIN_PROFILES.values()]
+    rows = [
+        (p.name, p.arch, megabytes(p.ram_bytes), megabytes(p.disk_bytes), p.cores, ", ".join(p.runtimes))
+        for p in BUILTIN_PROFILES.values()
+    ]
     print_table(("name", "arch", "RAM for slmops", "disk for slmops", "cores", "runtimes"), rows)
 
 

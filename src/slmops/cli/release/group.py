@@ -29,20 +29,44 @@ def parse_waivers(waive: tuple[str, ...], reasons: tuple[str, ...]) -> dict[str,
         UsageError: a gate is waived without saying why.
     """
     if len(waive) != len(reasons) or not all(reason.strip() for reason in reasons):
-        raise UsageError(f"{len(waive)} gates are waived, {len(reasons)} reasons are given", hint="write --waive GATE --reason 'why' for each gate")
+        raise UsageError(
+            f"{len(waive)} gates are waived, {len(reasons)} reasons are given",
+            hint="write --waive GATE --reason 'why' for each gate",
+        )
     return dict(zip(waive, reasons, strict=True))
 
 
 @release.command("create")
 @click.argument("build", type=_DIRECTORY)
-@click.option("--version", required=True, help="Version label, for example 1.0.0. A version never changes once it is released.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Bundle directory.  [default: releases/MODEL-VERSION]")
-@click.option("--waive", multiple=True, metavar="GATE", help="Let a gate through that did not pass (metric, or profile:metric).")
+@click.option(
+    "--version",
+    required=True,
+    help="Version label, for example 1.0.0. A version never changes once it is released.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Bundle directory.  [default: releases/MODEL-VERSION]",
+)
+@click.option(
+    "--waive",
+    multiple=True,
+    metavar="GATE",
+    help="Let a gate through that did not pass (metric, or profile:metric).",
+)
 @click.option("--reason", multiple=True, help="Why; signed into the release and shown. One for each --waive.")
 @keys_option
 @json_option
-def create(build: Path, version: str, out: Path | None, waive: tuple[str, ...], reason: tuple[str, ...], keys_folder: Path | None, as_json: bool) -> None:
-    """Sign BUILD (a build directory) as a release.
+def create(
+    build: Path,
+    version: str,
+    out: Path | None,
+    waive: tuple[str, ...],
+    reason: tuple[str, ...],
+    keys_folder: Path | None,
+    as_json: bool,
+) -> None:
+    r"""Sign BUILD (a build directory) as a release.
 
     \b
     Examples:
@@ -60,9 +84,19 @@ def create(build: Path, version: str, out: Path | None, waive: tuple[str, ...], 
         created=datetime.now(timezone.utc),
     )
     if as_json:
-        print_json({"directory": str(folder), "digest": bundle.digest, "model": bundle.release.model, "version": bundle.release.version, "release_seq": bundle.release.release_seq})
+        print_json(
+            {
+                "directory": str(folder),
+                "digest": bundle.digest,
+                "model": bundle.release.model,
+                "version": bundle.release.version,
+                "release_seq": bundle.release.release_seq,
+            }
+        )
         return
-    click.echo(f"signed {bundle.release.model}@{bundle.release.version} (release_seq {bundle.release.release_seq})")
+    click.echo(
+        f"signed {bundle.release.model}@{bundle.release.version} (release_seq {bundle.release.release_seq})"
+    )
     click.echo(f"  digest {bundle.digest}")
     for waiver in bundle.release.waivers:
         click.secho(f"  waived {waiver.gate}: {waiver.reason}", fg="yellow")
@@ -112,8 +146,23 @@ def list_command(model: str, server: str, token_file: Path | None, as_json: bool
     if as_json:
         print_json(found)
         return
-    rows = [(r.model, r.version, r.release_seq, r.digest[:12], ", ".join(r.channels), ", ".join(r.profiles), "waived: " + ", ".join(w.gate for w in r.waivers) if r.waivers else "") for r in found]
-    print_table(("model", "version", "seq", "digest", "channels", "profiles", "notes"), rows, empty="no releases: slmops release publish BUNDLE")
+    rows = [
+        (
+            r.model,
+            r.version,
+            r.release_seq,
+            r.digest[:12],
+            ", ".join(r.channels),
+            ", ".join(r.profiles),
+            "waived: " + ", ".join(w.gate for w in r.waivers) if r.waivers else "",
+        )
+        for r in found
+    ]
+    print_table(
+        ("model", "version", "seq", "digest", "channels", "profiles", "notes"),
+        rows,
+        empty="no releases: slmops release publish BUNDLE",
+    )
 
 
 @release.command("show")
@@ -127,10 +176,21 @@ def show(reference: str, server: str, token_file: Path | None, as_json: bool) ->
     if as_json:
         print_json(found)
         return
-    click.echo(f"{found.model}@{found.version}  {found.digest}\nlicence {found.licence}, built from {found.base.name}")
+    click.echo(
+        f"{found.model}@{found.version}  {found.digest}\nlicence {found.licence}, built from {found.base.name}"
+    )
     for waiver in found.waivers:
         click.secho(f"waived {waiver.gate}: {waiver.reason}", fg="yellow")
-    rows = [(v.profile, megabytes(v.artifact_bytes), f"{v.measured.bits_per_weight:.2f}", f"{v.measured.kld_mean:.4f}", f"{v.measured.decode_tps:.0f}") for v in found.variants]
+    rows = [
+        (
+            v.profile,
+            megabytes(v.artifact_bytes),
+            f"{v.measured.bits_per_weight:.2f}",
+            f"{v.measured.kld_mean:.4f}",
+            f"{v.measured.decode_tps:.0f}",
+        )
+        for v in found.variants
+    ]
     print_table(("profile", "file", "bits/w", "mean KL", "decode/s"), rows)
 
 
@@ -146,6 +206,8 @@ def promote(reference: str, channel: str, server: str, token_file: Path | None, 
     if as_json:
         print_json(result)
         return
-    click.echo(f"{result.model} {result.channel} -> {result.version}" + ("" if result.changed else " (as before)"))
+    click.echo(
+        f"{result.model} {result.channel} -> {result.version}" + ("" if result.changed else " (as before)")
+    )
     for rollout in result.rollouts:
         click.echo(f"  rollout {rollout}: slmops rollout watch {rollout}")

@@ -32,8 +32,25 @@ def list_command(server: str, token_file: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    rows = [(r.id, r.blueprint, f"{r.model}@{r.version}", r.phase, f"{r.wave + 1}/{r.waves_total}", r.counts.committed, r.counts.reverted + r.counts.failed, r.counts.untouched, r.reason) for r in found]
-    print_table(("rollout", "blueprint", "release", "phase", "wave", "committed", "failed", "untouched", "why"), rows, empty="no rollouts yet")
+    rows = [
+        (
+            r.id,
+            r.blueprint,
+            f"{r.model}@{r.version}",
+            r.phase,
+            f"{r.wave + 1}/{r.waves_total}",
+            r.counts.committed,
+            r.counts.reverted + r.counts.failed,
+            r.counts.untouched,
+            r.reason,
+        )
+        for r in found
+    ]
+    print_table(
+        ("rollout", "blueprint", "release", "phase", "wave", "committed", "failed", "untouched", "why"),
+        rows,
+        empty="no rollouts yet",
+    )
 
 
 @rollout.command("show")
@@ -94,7 +111,9 @@ def progress_line(found: RolloutDetail) -> str:
     """One line that says where a rollout stands."""
     c = found.counts
     wave = f"wave {found.wave + 1}/{found.waves_total}" if found.wave >= 0 else "not begun"
-    return f"{found.id} {found.phase:<14} {wave}: {c.committed} committed, {c.in_flight} in flight, {c.reverted + c.failed} failed, {c.untouched} untouched"
+    failed = c.reverted + c.failed
+    counts = f"{c.committed} committed, {c.in_flight} in flight, {failed} failed, {c.untouched} untouched"
+    return f"{found.id} {found.phase:<14} {wave}: {counts}"
 
 
 def print_rollout(found: RolloutDetail) -> None:
@@ -104,5 +123,19 @@ def print_rollout(found: RolloutDetail) -> None:
         click.echo(f"  why: {found.reason}")
     for finding in found.findings:
         click.echo(f"  {finding.verdict:<12} {finding.gate}: {finding.reason}")
-    rows = [(m.wave + 1, m.device_id, m.profile, m.variant or "-", m.status, m.phase, f"{m.code} {m.detail}".strip() or "-") for w in found.waves for m in w.devices]
-    print_table(("wave", "device", "profile", "variant", "status", "phase", "detail"), rows, empty="  no devices")
+    rows = [
+        (
+            m.wave + 1,
+            m.device_id,
+            m.profile,
+            m.variant or "-",
+            m.status,
+            m.phase,
+            f"{m.code} {m.detail}".strip() or "-",
+        )
+        for w in found.waves
+        for m in w.devices
+    ]
+    print_table(
+        ("wave", "device", "profile", "variant", "status", "phase", "detail"), rows, empty="  no devices"
+    )
