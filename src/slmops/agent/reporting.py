@@ -20,6 +20,7 @@ from slmops.agent.retry import pause_s
 from slmops.agent.serving import EngineKeeper, Router
 from slmops.agent.store.files import write_atomic
 from slmops.agent.store.layout import Layout
+from slmops.artifact.digest import UNREADABLE_JSON
 from slmops.core.device.machine import Offered, RevertOrdered, Target, Withdrawn
 from slmops.core.errors import SlmopsError
 from slmops.protocol.messages import SCHEMA, Assignment, CheckinRequest, Facts, OutcomeReport
@@ -42,7 +43,7 @@ class SequenceNumbers:
         self._path = path
         try:
             reserved = int(msgspec.json.decode(path.read_bytes(), type=dict[str, int])["seq"])
-        except (FileNotFoundError, KeyError, msgspec.MsgspecError):
+        except (FileNotFoundError, KeyError, *UNREADABLE_JSON):
             reserved = 0
         self._next = self._reserved = reserved
 

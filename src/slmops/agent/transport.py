@@ -14,7 +14,7 @@ import jwt
 import msgspec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from slmops.artifact.digest import require_digest
+from slmops.artifact.digest import UNREADABLE_JSON, require_digest
 from slmops.core.errors import (
     AuthError,
     BusyError,
@@ -255,7 +255,7 @@ def problem_error(status: int, body: bytes, what: str, headers: httpx.Headers) -
     """The error behind a response: by its problem document where there is one, else by its status."""
     try:
         problem = msgspec.json.decode(body, type=Problem)
-    except msgspec.MsgspecError:
+    except UNREADABLE_JSON:
         problem = Problem("about:blank", "", status, f"{what}: the server answered {status}", "")
     kind: type[SlmopsError] = _BY_STATUS.get(status, TransientError if status >= 500 else UsageError)
     if problem.code == TokenError.code:

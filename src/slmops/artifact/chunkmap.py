@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from slmops.artifact.digest import canonical_json, is_digest, sha256_hex
+from slmops.artifact.digest import UNREADABLE_JSON, canonical_json, is_digest, sha256_hex
 from slmops.artifact.fastcdc import cut_points
 from slmops.artifact.gguf_layout import Buffer, GgufLayout, Tensor, parse_gguf
 from slmops.core.errors import TrustError
@@ -74,7 +74,7 @@ def decode_chunk_map(content: bytes) -> ChunkMap:
     """
     try:
         chunk_map = msgspec.json.decode(content, type=ChunkMap)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except UNREADABLE_JSON as error:
         raise TrustError(
             f"chunk map is malformed: {error}", hint="the release was made by a broken or newer tool"
         ) from error

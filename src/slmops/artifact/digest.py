@@ -12,6 +12,9 @@ import rfc8785
 
 from slmops.core.errors import DigestError, UsageError
 
+#: everything that msgspec raises on bytes that are no JSON of the wanted shape: bad UTF-8 and deep nesting are not its own
+UNREADABLE_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from slmops.artifact.digest import canonical_json, digest_of, is_digest, sha256_hex
+from slmops.artifact.digest import UNREADABLE_JSON, canonical_json, digest_of, is_digest, sha256_hex
 from slmops.core.device.fit import ModelShape
 from slmops.core.errors import TrustError
 
@@ -299,7 +299,7 @@ def decode(content: bytes, kind: type[Document]) -> Document:
         )
     try:
         document = msgspec.json.decode(content, type=kind)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except UNREADABLE_JSON as error:
         raise TrustError(
             f"{kind.__name__} document is malformed: {error}",
             hint="the release was made by a broken or newer tool",

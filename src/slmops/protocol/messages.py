@@ -11,6 +11,7 @@ from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
+from slmops.artifact.digest import UNREADABLE_JSON
 from slmops.core.errors import UsageError, VersionMismatchError
 
 SCHEMA = 1
@@ -289,7 +290,7 @@ def decode(content: bytes, kind: type[Message]) -> Message:
         )
     try:
         message = msgspec.json.decode(content, type=kind)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except UNREADABLE_JSON as error:
         raise UsageError(
             f"{kind.__name__} is malformed: {error}", hint="compare it with docs/reference/protocol.md"
         ) from error

@@ -19,6 +19,7 @@ import msgspec
 from slmops.agent.main import EnrollOptions, enroll
 from slmops.agent.store.journal import Journal, read_journal
 from slmops.agent.store.layout import Layout
+from slmops.artifact.digest import UNREADABLE_JSON
 from slmops.testing.control_plane import TOKEN, FakeControlPlane
 from slmops.testing.engine import FAKE_RUNTIME, write_fake_model
 from slmops.testing.releases import MadeRelease, SignedReleases
@@ -86,7 +87,7 @@ class AgentProcess:
     def _pid_in(run_file: Path) -> int:
         try:
             return int(msgspec.json.decode(run_file.read_bytes())["pid"])
-        except (OSError, msgspec.MsgspecError):
+        except (OSError, *UNREADABLE_JSON):
             return 0
 
     @property

@@ -7,6 +7,8 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
+from slmops.artifact.digest import UNREADABLE_JSON
+
 JSON = "application/json"
 
 
@@ -37,7 +39,7 @@ def from_engine(status: int, content: bytes) -> tuple[int, bytes]:
         body: Any = msgspec.json.decode(content)
         error = body["error"]
         message, kind = str(error["message"]), str(error.get("type", ""))
-    except (msgspec.MsgspecError, KeyError, TypeError, AttributeError):
+    except (*UNREADABLE_JSON, KeyError, TypeError, AttributeError):
         return 502, error_body(
             f"the engine answered {status} in a form that is not understood",
             kind="server_error",

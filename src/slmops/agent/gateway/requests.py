@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from slmops.artifact.digest import UNREADABLE_JSON
 from slmops.runtimes import Capabilities
 
 MAX_BODY_BYTES = 8 << 20
@@ -72,7 +73,7 @@ def read_json(content: bytes) -> dict[str, Any]:
         raise BadRequest(413, f"the request has {len(content)} bytes, {MAX_BODY_BYTES} are allowed")
     try:
         body = msgspec.json.decode(content)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE_JSON as error:
         raise BadRequest(400, f"the request is not valid JSON: {error}") from error
     if not isinstance(body, dict):
         raise BadRequest(400, "the request must be a JSON object")

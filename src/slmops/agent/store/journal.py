@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from slmops.agent.store.files import write_atomic
+from slmops.artifact.digest import UNREADABLE_JSON
 from slmops.core.device.machine import DeviceState
 from slmops.core.errors import TrustError
 from slmops.protocol.messages import Assignment, GoldenReport
@@ -50,7 +51,7 @@ def read_journal(path: Path) -> Journal:
         return Journal(SCHEMA, DeviceState())
     try:
         journal = msgspec.json.decode(content, type=Journal)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE_JSON as error:
         raise TrustError(
             f"{path}: the journal cannot be read: {error}",
             hint="move journal.json away: the device then starts empty and the control plane offers its release again",

@@ -12,6 +12,7 @@ import msgspec
 
 from slmops.agent.store.files import write_atomic
 from slmops.agent.store.layout import Layout
+from slmops.artifact.digest import UNREADABLE_JSON
 from slmops.core.device.machine import SlotName
 from slmops.core.errors import TrustError
 from slmops.protocol.messages import Assignment
@@ -78,7 +79,7 @@ def read_slot(layout: Layout, name: SlotName) -> Slot | None:
     """A slot's manifest; None when it is empty or unreadable (an unreadable slot is as good as an empty one)."""
     try:
         slot = msgspec.json.decode(layout.slot(name).read_bytes(), type=Slot)
-    except (FileNotFoundError, msgspec.MsgspecError):
+    except (FileNotFoundError, *UNREADABLE_JSON):
         return None
     return slot if slot.schema == SCHEMA else None
 

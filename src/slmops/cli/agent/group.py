@@ -19,6 +19,7 @@ from slmops.agent.store.artifacts import ArtifactStore
 from slmops.agent.store.journal import read_journal
 from slmops.agent.store.layout import Layout
 from slmops.agent.store.slots import read_slot
+from slmops.artifact.digest import UNREADABLE_JSON
 from slmops.cli.connection import json_option
 from slmops.cli.output import megabytes, print_json, print_table
 from slmops.core.device.machine import SlotName
@@ -60,7 +61,7 @@ def agent() -> None:
 @click.option("--cpu-cores", type=float, help="CPU share of engines.")
 @click.option("--threads", default=1, show_default=True, help="Compute threads of an engine.")
 @json_option
-def enroll_command(  # noqa: PLR0913 - one parameter for each option
+def enroll_command(
     url: str,
     token: str,
     directory: Path,
@@ -238,6 +239,6 @@ def _running(layout: Layout) -> dict[str, object]:
         health = httpx.get(
             f"{str(found['url']).removesuffix('/v1')}/health", timeout=5.0, trust_env=False
         ).json()
-    except (OSError, msgspec.MsgspecError, httpx.HTTPError, KeyError, ValueError):
+    except (OSError, *UNREADABLE_JSON, httpx.HTTPError, KeyError, ValueError):
         return {"pid": running_pid(layout)}
     return {**found, "health": health}

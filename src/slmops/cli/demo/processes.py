@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import msgspec
 
+from slmops.artifact.digest import UNREADABLE_JSON
 from slmops.core.errors import BusyError, DeadlineError
 
 _STOP_S = 15.0
@@ -117,7 +118,7 @@ def wait_for_run_file(folder: Path, processes: Processes, timeout_s: float = 60.
         processes.check()
         try:
             return str(msgspec.json.decode((folder / "run.json").read_bytes(), type=dict[str, object])["url"])
-        except (FileNotFoundError, msgspec.MsgspecError):
+        except (FileNotFoundError, *UNREADABLE_JSON):
             time.sleep(0.1)
     raise DeadlineError(
         f"the agent in {folder} did not start within {timeout_s:.0f} s",

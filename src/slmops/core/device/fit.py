@@ -5,8 +5,8 @@ differ where their facts differ. Memory follows llama.cpp's own allocation:
 
     weights + KV cache + compute buffers + what the runtime needs before it has a model
 
-* KV cache: ``conversations x context x layers x (k_width + v_width) x bytes per element`` of the cache type (quantised types
-  carry their block scale: q8_0 is 34 bytes for 32 elements).
+* KV cache: ``conversations x context x layers x (k_width + v_width) x bytes per element`` of the cache type
+  (quantised types carry their block scale: q8_0 is 34 bytes for 32 elements).
 * compute buffers: the logits of one micro-batch plus the widest activations of one micro-batch.
 * decode speed: every token reads all weights once and the KV cache filled so far, so bandwidth bounds it
   (Pope et al. 2022, arXiv:2211.05102, section 2). With a bench from the device the bandwidth is the measured
@@ -75,7 +75,8 @@ class Serving:
     Attributes:
         context_tokens: context of one conversation.
         kv_cache: element type of the KV cache, a key of :data:`KV_TYPES`.
-        parallel: conversations at once; each has a context of its own, so the cache is this many times larger.
+        parallel: conversations at once; each has a context of its own, so the cache is this many times
+            larger.
         micro_batch_tokens: prompt tokens computed at once.
     """
 

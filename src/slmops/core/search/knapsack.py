@@ -1,14 +1,14 @@
 """The multiple-choice knapsack: one type for each tensor, least total loss within a byte budget. Exact.
 
-Stages are the tensors; a state is (bytes so far, loss so far). After each stage only Pareto-optimal states are kept:
-fewer bytes or less loss. Two bounds keep their number small without giving up exactness:
+Stages are the tensors; a state is (bytes so far, loss so far). After each stage only Pareto-optimal states
+are kept: fewer bytes or less loss. Two bounds keep their number small without giving up exactness:
 
 * a state whose bytes plus the cheapest rest exceed the budget is dropped;
-* a state whose loss plus a lower bound on the rest's loss exceeds a solution that is already known is dropped. The
-  lower bound is the linear relaxation's, by one multiplier for the budget (Lagrange).
+* a state whose loss plus a lower bound on the rest's loss exceeds a solution that is already known is
+  dropped. The lower bound is the linear relaxation's, by one multiplier for the budget (Lagrange).
 
-Source: Sinha and Zoltners 1979, The Multiple-Choice Knapsack Problem, Operations Research 27(3); Pisinger 1995, A
-minimal algorithm for the multiple-choice knapsack problem, section 3, for pruning by the relaxation.
+Source: Sinha and Zoltners 1979, The Multiple-Choice Knapsack Problem, Operations Research 27(3); Pisinger
+1995, A minimal algorithm for the multiple-choice knapsack problem, section 3, for pruning by the relaxation.
 """
 
 from __future__ import annotations
@@ -161,9 +161,9 @@ def _improve(
                     best = (rate, index, int(option))
         if best is None:
             return picks
-        _, index, option = best
-        left -= int(sizes[index][option] - sizes[index][picks[index]])
-        picks[index] = option
+        _, at, chosen = best
+        left -= int(sizes[at][chosen] - sizes[at][picks[at]])
+        picks[at] = chosen
 
 
 def _suffix(values: list[float]) -> NDArray[np.float64]:

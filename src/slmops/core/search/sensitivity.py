@@ -1,10 +1,15 @@
 """From measured tables to the options of the knapsack: what storing a tensor in a type is expected to cost.
 
-Two tables: the **relative error** of each tensor in each type (weighted by the importance matrix), and for each group of
-tensors the **damage**: the KL divergence that was really measured when that group alone was stored in one probe type.
-A divergence grows with the square of a small change and adds up over independent changes, so
+Two tables: the **relative error** of each tensor in each type (weighted by the importance matrix), and for
+each group of tensors the **damage**: the KL divergence that was really measured when that group alone was
+stored in one probe type. A divergence grows with the square of a small change and adds up over independent
+changes, so
 
     loss(tensor, type) = damage(group) * error(tensor, type) / sum of error(t, probe type) over the group
+                       + divergence of undoing the change * the tensor's share of the change * share that the
+                       type swallows
+
+The second line keeps a type from rounding a merged fine-tune away (``build/steps/sensitivity.py``).
 """
 
 from __future__ import annotations
@@ -35,7 +40,9 @@ class Group:
     damage: float
 
 
-def scales(groups: Collection[Group], errors: Mapping[str, Mapping[str, float]], probe_type: str) -> dict[str, float]:
+def scales(
+    groups: Collection[Group], errors: Mapping[str, Mapping[str, float]], probe_type: str
+) -> dict[str, float]:
     """For each tensor: expected divergence for each unit of relative error.
 
     Args:
@@ -54,18 +61,42 @@ def scales(groups: Collection[Group], errors: Mapping[str, Mapping[str, float]],
     return result
 
 
+def swallow_prices(changes: Mapping[str, float], undone: float) -> dict[str, float]:
+    """For each tensor: expected divergence when all of its change (a merged fine-tune) is undone.
+
+    Args:
+        changes: tensor to the relative size of its change.
+        undone: measured divergence when every change is undone.
+    """
+    total = sum(changes.values())
+    return {name: undone * change / total if total > 0 else 0.0 for name, change in changes.items()}
+
+
 def options(
-    sizes: Mapping[str, int], errors: Mapping[str, float], scale: float, *, fast_types: Collection[str] = FAST_TYPES
+    sizes: Mapping[str, int],
+    errors: Mapping[str, float],
+    swallowed: Mapping[str, float],
+    scale: float,
+    swallow_price: float,
+    *,
+    fast_types: Collection[str] = FAST_TYPES,
 ) -> list[Option]:
     """A tensor's options in a fixed order.
 
     Args:
         sizes: type to bytes of this tensor; only types that its shape allows.
         errors: type to relative error; a type without an entry keeps the weights exactly.
-        scale: from :func:`scales`.
+        swallowed: type to the share of the tensor's change that it undoes.
+        scale: from :func:`scales`; ``swallow_price``: from :func:`swallow_prices`.
+        swallow_price: see above.
         fast_types: preferred among equals.
     """
     return [
-        Option(name, sizes[name], scale * errors.get(name, 0.0) * (1.0 if name in fast_types else SLOW_FACTOR))
+        Option(
+            name,
+            sizes[name],
+            (scale * errors.get(name, 0.0) + swallow_price * swallowed.get(name, 0.0))
+            * (1.0 if name in fast_types else SLOW_FACTOR),
+        )
         for name in sorted(sizes, key=lambda name: (sizes[name], name))
     ]

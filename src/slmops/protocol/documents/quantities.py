@@ -43,11 +43,12 @@ def parse_ratio(value: Any) -> Any:
     return value
 
 
+# Field comes behind the validator: the other way round a field's own bounds would be dropped without a word.
 #: a size in bytes; the published schema allows what people write
 Bytes = Annotated[
     int,
-    Field(gt=0, lt=1 << 53),
     BeforeValidator(parse_bytes),
+    Field(gt=0, lt=1 << 53),
     WithJsonSchema(
         {
             "anyOf": [
@@ -61,8 +62,8 @@ Bytes = Annotated[
 #: a share of one
 Ratio = Annotated[
     float,
-    Field(ge=0, le=1),
     BeforeValidator(parse_ratio),
+    Field(ge=0, le=1),
     WithJsonSchema(
         {
             "anyOf": [

@@ -16,6 +16,7 @@ API_VERSION = "slmops/v1"
 KINDS: dict[str, type[BaseModel]] = {"Recipe": Recipe, "DeviceProfile": Profile, "Blueprint": Blueprint}
 DocumentT = TypeVar("DocumentT", bound=BaseModel)
 MAX_BYTES = 4 << 20
+_SCALARS = frozenset({"str", "int", "float", "bool", "null", "timestamp"})
 _KEY_TAGS = frozenset({"tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"})
 
 
@@ -115,14 +116,15 @@ def _read(node: yaml.Node, source: str) -> BaseModel:
     try:
         return KINDS[kind].model_validate(value)
     except ValidationError as error:
+        places = sorted((_explain(node, item) for item in error.errors()), key=lambda place: place[:2])
         raise DocumentError(
-            "\n".join(_explain(node, item, source) for item in error.errors()),
+            "\n".join(f"{source}:{line}:{column}: {words}" for line, column, words in places),
             hint=f"docs/reference/documents.md has every field of {kind}",
         ) from error
 
 
-def _explain(node: yaml.Node, item: Any, source: str) -> str:
-    """One pydantic error as one line with its place in the file."""
+def _explain(node: yaml.Node, item: Any) -> tuple[int, int, str]:
+    """One pydantic error with its place in the file: line and column, from 1."""
     at, path = node, []
     for part in item["loc"]:
         child = _child(at, part)
@@ -144,7 +146,8 @@ def _explain(node: yaml.Node, item: Any, source: str) -> str:
         if isinstance(found, (str, int, float, bool)) and item["type"] != "extra_forbidden"
         else ""
     )
-    return f"{_at(at, source)}: {'.'.join(path) or 'document'}: {message}{shown}"
+    mark = at.start_mark
+    return mark.line + 1, mark.column + 1, f"{'.'.join(path) or 'document'}: {message}{shown}"
 
 
 def _is_schema_tag(at: yaml.Node, part: int | str) -> bool:
@@ -164,14 +167,11 @@ def _child(node: yaml.Node, part: int | str) -> yaml.Node | None:
 
 def _key(node: yaml.Node, loc: tuple[int | str, ...]) -> yaml.Node | None:
     """The key node of the last part of a path, so that an unknown field is pointed at by its name."""
-    at: yaml.Node | None = node
+    at: yaml.Node = node
     for part in loc[:-1]:
-        at = (_child(at, part) or at) if at is not None else None
-    if isinstance(at, yaml.MappingNode):
-        for key, _ in at.value:
-            if isinstance(key, yaml.ScalarNode) and key.value == str(loc[-1]):
-                return key
-    return None
+        at = _child(at, part) or at
+    keys = [key for key, _ in at.value] if isinstance(at, yaml.MappingNode) else []
+    return next((key for key in keys if key.value == str(loc[-1])), None)
 
 
 def _refuse_odd_nodes(root: yaml.Node, source: str) -> None:
@@ -198,12 +198,21 @@ def _refuse_odd_nodes(root: yaml.Node, source: str) -> None:
         elif isinstance(node, yaml.SequenceNode):
             waiting.extend((item, inside) for item in reversed(node.value))
         else:
-            try:
-                yaml.SafeLoader("").construct_object(node)
-            except ValueError as error:
-                raise DocumentError(
-                    f"{_at(node, source)}: {node.value!r} is not valid: {error}", hint="put it in quotes"
-                ) from error
+            _refuse_odd_scalar(node, source)
+
+
+def _refuse_odd_scalar(node: yaml.Node, source: str) -> None:
+    if node.tag.rpartition(":")[2] not in _SCALARS:
+        raise DocumentError(
+            f"{_at(node, source)}: tag {node.tag} is not allowed", hint="use plain YAML values"
+        )
+    try:
+        yaml.SafeLoader("").construct_object(node)
+    except ValueError as error:
+        raise DocumentError(
+            f"{_at(node, source)}: {node.value!r} reads as a {node.tag.rpartition(':')[2]}, but is not a valid one",
+            hint="put it in quotes",
+        ) from error
 
 
 def _refuse_odd_keys(node: yaml.MappingNode, source: str) -> None:

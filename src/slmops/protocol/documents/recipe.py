@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from slmops.core.device.fit import KV_TYPES
 from slmops.protocol.documents.quantities import Bytes, Metadata, Ratio, Section
 
 
@@ -43,7 +44,9 @@ class ModelTask(Section):
 
     Attributes:
         kind: ``extraction``: one JSON answer for one message.
-        train, eval: JSON lines with ``messages`` and ``answer``; ``calibration``: text, a sentence a line.
+        train, eval: JSON lines with ``messages`` and ``answer``.
+        calibration: text, a sentence a line, each optionally followed by its answer as a JSON object; or JSON
+            lines as ``eval``.
         answer_schema: JSON Schema of an answer, for validity and constrained decoding.
         system_prompt: text file that becomes the release's prompt ``default``.
     """
@@ -133,6 +136,10 @@ class GateSpec(Section):
     def _can_fail(self) -> GateSpec:
         if self.max_drop is None and self.min is None and self.max is None:
             raise ValueError(f"gate {self.metric} has neither max_drop, min nor max: it could never fail")
+        if self.max_drop is not None and not self.metric.startswith("task."):
+            raise ValueError(
+                f"gate {self.metric}: max_drop is for task metrics, which are paired item by item; use min or max"
+            )
         return self
 
 
@@ -141,16 +148,79 @@ class Evaluation(Section):
 
     Attributes:
         text_tokens: held-out tokens for KL divergence, same-top and perplexity.
-        task_items: items of the evaluation set (0: all).
-        constrained_items: items that are also asked with the answer's schema enforced.
-        golden_prompts: prompts in the golden pack.
+        task_items: items of the evaluation set that every variant and the merged model answer (0: all).
+        constrained_items: how many of them are also asked with the answer's schema enforced.
+        base_items: how many of them the untouched base answers, for "before" (0: none).
+        golden_prompts: prompts in the golden pack; ``golden_max_drop``: share of them that a later release
+            may lose.
+        bench_repeats: repeats of the speed measurement.
+        seed: order of the evaluation set.
     """
 
-    text_tokens: int = 4096
-    task_items: int = 0
-    constrained_items: int = 40
-    golden_prompts: int = 8
+    text_tokens: int = Field(default=2048, ge=64)
+    task_items: int = Field(default=96, ge=0)
+    constrained_items: int = Field(default=20, ge=0)
+    base_items: int = Field(default=24, ge=0)
+    golden_prompts: int = Field(default=8, ge=1, le=64)
+    golden_max_drop: Ratio = Field(default=0.0, ge=0, lt=1)
+    bench_repeats: int = Field(default=3, ge=1)
     seed: int = 7
+
+    def fast(self) -> Evaluation:
+        """The same questions asked of less: for a quick look and for continuous integration."""
+        return self.model_copy(
+            update={
+                "text_tokens": min(self.text_tokens, 768),
+                "task_items": min(self.task_items or 24, 24),
+                "constrained_items": min(self.constrained_items, 6),
+                "base_items": min(self.base_items, 6),
+                "bench_repeats": 1,
+            }
+        )
+
+
+class Search(Section):
+    """What the choice of tensor types rests on.
+
+    Attributes:
+        types: types to choose from, besides F16 where the budget allows it.
+        calibration_tokens: for the importance matrix.
+        probe_tokens: on which the damage of each group of tensors is measured; 0 measures none and takes
+            errors alike everywhere.
+        sample_rows: rows of each tensor on which errors are estimated.
+    """
+
+    types: tuple[str, ...] = (
+        "MXFP4",
+        "IQ4_NL",
+        "Q4_1",
+        "Q5_0",
+        "Q5_1",
+        "Q8_0",
+        "Q3_K",
+        "IQ4_XS",
+        "Q4_K",
+        "Q5_K",
+        "Q6_K",
+    )
+    calibration_tokens: int = Field(default=3072, ge=64)
+    probe_tokens: int = Field(default=256, ge=0)
+    sample_rows: int = Field(default=64, ge=1)
+
+
+class ServingDefaults(Section):
+    """Settings that the memory budget, the bench and the golden pack assume; blueprints may choose others."""
+
+    context_tokens: int = Field(default=2048, ge=64)
+    kv_cache: str = "q8_0"
+    parallel: int = Field(default=2, ge=1, le=64)
+    micro_batch_tokens: int = Field(default=64, ge=8, le=4096)
+
+    @model_validator(mode="after")
+    def _known(self) -> ServingDefaults:
+        if self.kv_cache not in KV_TYPES:
+            raise ValueError(f"kv_cache {self.kv_cache!r} is not known: one of {', '.join(KV_TYPES)}")
+        return self
 
 
 class Recipe(Section):
@@ -164,6 +234,8 @@ class Recipe(Section):
     steps: tuple[Step, ...] = ()
     targets: tuple[Target, ...] = Field(min_length=1)
     gates: tuple[GateSpec, ...] = ()
+    search: Search = Search()
+    serving: ServingDefaults = ServingDefaults()
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")

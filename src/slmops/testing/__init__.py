@@ -1,0 +1,1 @@
+"""Shipped fakes: a scripted engine, a scripted control plane, signed releases, a real agent process. For tests and benches."""
