@@ -132,11 +132,10 @@ class Scenario:
         described = describe(load_build(folder))
         print_variants(described["variants"])
         scores = described["scores"]
-        for name in ("base", "merged"):
+        for name, words in (("base", "the base model"), ("reference", "merged, before quantising")):
             if name in scores:
-                click.echo(
-                    f"exact match on held-out templates, {name}: {percent(scores[name]['exact_match_ratio'])}"
-                )
+                score = scores[name]
+                click.echo(f"exact match on held-out templates, {words}: {percent(score['exact_match_ratio'])} of {score['items']}")
         for gate in described["gates"]:
             click.echo(f"  {gate['verdict']:<12} {gate.get('profile', '')} {gate['gate']}: {gate['reason']}")
         again = run_build(
