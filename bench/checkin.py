@@ -353,7 +353,8 @@ def main() -> None:
         ]
         ours = measure(server, devices, given.connections, given.seconds)
         print(
-            f"ours:  {ours['per_s']:,.0f}/s  p50 {ours['p50_ms']:.1f} ms  p99 {ours['p99_ms']:.1f} ms  {ours['core_ratio']:.2f} cores"
+            f"ours:  {ours['per_s']:,.0f}/s  p50 {ours['p50_ms']:.1f} ms  p99 {ours['p99_ms']:.1f} ms  "
+            f"{ours['core_ratio']:.2f} cores"
         )
         paced = measure(server, devices, given.connections, given.seconds, FLEET / POLL_S)
         print(

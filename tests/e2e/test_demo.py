@@ -26,8 +26,20 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def demo(work: Path) -> tuple[dict[str, Any], str]:
     """One run; its summary and what it printed."""
     out = work / "summary.json"
-    command = [sys.executable, "-m", "slmops.cli.main", "demo", "--fast", "--out", str(out), "--work", str(work / "demo")]
-    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=DEADLINE_S, env={**os.environ})
+    command = [
+        sys.executable,
+        "-m",
+        "slmops.cli.main",
+        "demo",
+        "--fast",
+        "--out",
+        str(out),
+        "--work",
+        str(work / "demo"),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=DEADLINE_S, env={**os.environ}
+    )
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     return json.loads(out.read_text(encoding="utf-8")), done.stdout
 
@@ -45,7 +57,9 @@ def test_three_variants_for_three_profiles_are_measured(demo: tuple[dict[str, An
     assert len({v["artifact_bytes"] for v in variants}) == 3
 
 
-def test_the_good_release_reaches_all_and_the_bad_one_stops_at_the_canary(demo: tuple[dict[str, Any], str]) -> None:
+def test_the_good_release_reaches_all_and_the_bad_one_stops_at_the_canary(
+    demo: tuple[dict[str, Any], str],
+) -> None:
     good, bad = demo[0]["rollouts"]
     assert (good["outcome"], good["committed"], good["untouched"]) == ("completed", 6, 0)
     assert (bad["outcome"], bad["committed"], bad["reverted"], bad["untouched"]) == ("rolled_back", 0, 1, 5)

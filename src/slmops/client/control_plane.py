@@ -36,7 +36,7 @@ Answer = TypeVar("Answer")
 
 #: digests asked about in one request of :meth:`ControlPlane.missing_blobs`
 _MISSING_BATCH = 5_000
-_REFERENCE = re.compile(r"^(?P<model>[^@/]+)@(?P<version>[^/]+)$")
+_REFERENCE = re.compile(r"^(?P<model>[^@/]+)@(?P<version>[^/]+)\Z")
 
 
 class ControlPlane:

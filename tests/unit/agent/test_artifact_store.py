@@ -205,6 +205,10 @@ assert not [p for p in layout.root.iterdir() if p.name.endswith(".tmp")]
 def test_a_full_disk_is_a_named_error_and_loses_nothing(tmp_path: Path) -> None:
     """The file-size limit stands for the full disk: the same write fails half way, on any file system, without root."""
     done = subprocess.run(
-        [sys.executable, "-c", _FULL_DISK, str(tmp_path)], check=False, capture_output=True, text=True, env={**os.environ}
+        [sys.executable, "-c", _FULL_DISK, str(tmp_path)],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ},
     )
     assert done.returncode == 0, done.stderr

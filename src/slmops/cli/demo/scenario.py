@@ -135,7 +135,8 @@ class Scenario:
         for name, words in (("base", "the base model"), ("reference", "merged, before quantising")):
             if name in scores:
                 score = scores[name]
-                click.echo(f"exact match on held-out templates, {words}: {percent(score['exact_match_ratio'])} of {score['items']}")
+                rate = percent(score["exact_match_ratio"])
+                click.echo(f"exact match on held-out templates, {words}: {rate} of {score['items']}")
         for gate in described["gates"]:
             click.echo(f"  {gate['verdict']:<12} {gate.get('profile', '')} {gate['gate']}: {gate['reason']}")
         again = run_build(

@@ -25,6 +25,9 @@ FAST_TYPES = frozenset({"Q4_0", "Q4_K", "IQ4_NL", "Q8_0"})
 SLOW_FACTOR = 1.002
 #: damage is measured on little text: a group never counts for less than this share of the mean damage per tensor
 LEAST_SHARE = 0.02
+#: A change that many tensors swallow a little is lost faster than the sum of squares says: on SmolLM2 with a small adapter,
+#: at equal bytes, a factor of 1 gave 1.3 to 1.6 times the KL divergence of 30, which equals leaving such types out.
+SWALLOW_STEEPNESS = 50.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +65,17 @@ def scales(
 
 
 def swallow_prices(changes: Mapping[str, float], undone: float) -> dict[str, float]:
-    """For each tensor: expected divergence when all of its change (a merged fine-tune) is undone.
+    """For each tensor: the price of undoing all of its change (a merged fine-tune).
 
     Args:
         changes: tensor to the relative size of its change.
         undone: measured divergence when every change is undone.
     """
     total = sum(changes.values())
-    return {name: undone * change / total if total > 0 else 0.0 for name, change in changes.items()}
+    return {
+        name: SWALLOW_STEEPNESS * undone * change / total if total > 0 else 0.0
+        for name, change in changes.items()
+    }
 
 
 def options(

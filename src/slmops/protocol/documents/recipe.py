@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from slmops.artifact.gguf_layout import TYPE_IDS
 from slmops.core.device.fit import KV_TYPES
 from slmops.protocol.documents.quantities import Bytes, Metadata, Ratio, Section
 
@@ -206,6 +207,13 @@ class Search(Section):
     calibration_tokens: int = Field(default=3072, ge=64)
     probe_tokens: int = Field(default=256, ge=0)
     sample_rows: int = Field(default=64, ge=1)
+
+    @model_validator(mode="after")
+    def _known(self) -> Search:
+        unknown = [name for name in self.types if name not in TYPE_IDS]
+        if unknown or not self.types:
+            raise ValueError(f"types: {unknown or 'none'} cannot be used: give some of {', '.join(TYPE_IDS)}")
+        return self
 
 
 class ServingDefaults(Section):

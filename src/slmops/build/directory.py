@@ -1,0 +1,295 @@
+"""The build directory: what a build gives, in files that a release is made of.
+
+    build.json                          the index (:class:`Build`); everything else is named there with size and digest
+    evidence.json                       what was measured and what the gates said
+    provenance.json                     base -> steps -> files: digests, parameters, tool versions
+    golden/golden-pack.json             prompts of the golden pack
+    prompts/default                     the system prompt, when the recipe has one
+    variants/<profile>/model.gguf       the file that ships
+    variants/<profile>/chunk-map.json   how it is cut
+    variants/<profile>/golden-expectations.json
+
+A directory is swapped in whole when it is complete. Model files are second names of cached files: read-only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from slmops.artifact.manifest import Measured, RuntimeNeed
+from slmops.build.files import link_or_copy, naming_full_disks, sync_folder, write_whole
+from slmops.core.errors import BuildError, ConflictError, UsageError
+
+SCHEMA = 1
+INDEX = "build.json"
+
+
+class BuiltFile(msgspec.Struct, frozen=True):
+    """A file of the build directory; ``path`` is relative to it, with forward slashes."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class GateFinding(msgspec.Struct, frozen=True):
+    """One gate's answer about one variant; ``verdict`` is pass, fail, inconclusive or error."""
+
+    gate: str
+    verdict: str
+    reason: str
+    needed: int = 0
+
+
+class BuiltVariant(msgspec.Struct, frozen=True):
+    """One variant; the fields mean what they mean in ``artifact.manifest.Variant``."""
+
+    profile: str
+    runtime: RuntimeNeed
+    also_for: tuple[str, ...]
+    model: BuiltFile
+    chunk_map: BuiltFile
+    golden_expectations: BuiltFile
+    shape: dict[str, int]
+    measured: Measured
+    quantised: dict[str, int]
+    predicted_decode_tps: float | None
+    findings: tuple[GateFinding, ...]
+
+
+class BuiltBase(msgspec.Struct, frozen=True):
+    """The untouched base."""
+
+    name: str
+    sha256: str
+    licence: str
+
+
+class StepRecord(msgspec.Struct, frozen=True):
+    """A step of the graph, its cache key, and how long it took when it was run."""
+
+    name: str
+    key: str
+    seconds: float
+
+
+class Build(msgspec.Struct, frozen=True):
+    """The index of a build directory.
+
+    Attributes:
+        reference_sha256: the unquantised model that everything was compared with.
+        scores: task figures of ``base`` (before) and ``reference`` (after the steps, unquantised).
+        prompts: files by prompt name.
+        fast: the evaluation was cut down.
+        folder: where it was loaded from; not part of the document.
+    """
+
+    schema: int
+    model: str
+    recipe_sha256: str
+    licence: str
+    base: BuiltBase
+    reference_sha256: str
+    fast: bool
+    scores: dict[str, dict[str, Any]]
+    variants: tuple[BuiltVariant, ...]
+    golden_pack: BuiltFile
+    evidence: BuiltFile
+    provenance: BuiltFile
+    prompts: dict[str, BuiltFile]
+    steps: tuple[StepRecord, ...]
+
+    def files(self) -> list[BuiltFile]:
+        """Every file that the index names."""
+        per_variant = [file for v in self.variants for file in (v.model, v.chunk_map, v.golden_expectations)]
+        return [self.golden_pack, self.evidence, self.provenance, *self.prompts.values(), *per_variant]
+
+
+def encode_index(build: Build) -> bytes:
+    """The bytes of ``build.json``: readable, the same for the same build."""
+    return msgspec.json.format(msgspec.json.encode(build, order="deterministic"), indent=1) + b"\n"
+
+
+def load_build(folder: Path) -> Build:
+    """Read a build directory's index and check that its files are there in their sizes.
+
+    Raises:
+        UsageError: no build directory, of another version, or incomplete.
+    """
+    path = folder / INDEX
+    try:
+        build = msgspec.json.decode(path.read_bytes(), type=Build)
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{folder} is no build directory: it has no {INDEX}",
+            hint="make one: slmops build run RECIPE --out DIR",
+        ) from error
+    except (OSError, msgspec.MsgspecError) as error:
+        raise UsageError(
+            f"{path} cannot be read: {error}", hint="build again; the steps are cached"
+        ) from error
+    if build.schema != SCHEMA:
+        raise UsageError(
+            f"{path} has schema {build.schema}, {SCHEMA} can be read",
+            hint="build again with this version; the steps are cached",
+        )
+    for file in build.files():
+        found = folder / file.path
+        if not found.is_file() or found.stat().st_size != file.bytes:
+            raise UsageError(
+                f"{found} is missing or not {file.bytes} bytes long", hint="build again; the steps are cached"
+            )
+    return build
+
+
+def place(folder: Path, fill: Mapping[str, Path | bytes], index: bytes) -> bool:
+    """Make a build directory, whole or not at all; False when it already holds exactly this build.
+
+    Args:
+        folder: where; a build directory that is there is replaced, anything else is left alone.
+        fill: relative path to a cached file or to bytes.
+        index: bytes of ``build.json``.
+
+    Raises:
+        ConflictError: the folder exists and is no build directory.
+        NoSpaceError: the disk is full; the folder is as it was.
+    """
+    if folder.exists() and not (folder / INDEX).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConflictError(
+            f"{folder} exists and is no build directory", hint="choose another --out, or remove it"
+        )
+    if (folder / INDEX).is_file() and (folder / INDEX).read_bytes() == index and _is_whole(folder):
+        return False
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        with naming_full_disks(folder):
+            for relative, source in sorted(fill.items()):
+                target = staging / relative
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if isinstance(source, bytes):
+                    write_whole(target, source)
+                else:
+                    link_or_copy(source, target)
+            write_whole(staging / INDEX, index)
+        staging.chmod(0o755)
+        _swap(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return True
+
+
+def _is_whole(folder: Path) -> bool:
+    with contextlib.suppress(UsageError):
+        load_build(folder)
+        return True
+    return False
+
+
+def _swap(staging: Path, folder: Path) -> None:
+    if folder.exists():
+        old = staging.with_name(staging.name + ".old")
+        os.replace(folder, old)
+        try:
+            os.replace(staging, folder)
+        except OSError as error:
+            os.replace(old, folder)
+            raise BuildError(
+                f"{folder} could not be replaced: {error.strerror}", hint="is something else writing there?"
+            ) from error
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(staging, folder)
+    sync_folder(folder.parent)
+
+
+def describe(build: Build) -> dict[str, Any]:
+    """A build as plain JSON values, for ``build show``."""
+    return {
+        "model": build.model,
+        "licence": build.licence,
+        "base": msgspec.to_builtins(build.base),
+        "reference_sha256": build.reference_sha256,
+        "fast": build.fast,
+        "scores": build.scores,
+        "variants": [
+            {
+                "profile": v.profile,
+                "also_for": list(v.also_for),
+                "runtime": msgspec.to_builtins(v.runtime),
+                "artifact_bytes": v.model.bytes,
+                "sha256": v.model.sha256,
+                "measured": {name: getattr(v.measured, name) for name in v.measured.__struct_fields__},
+                "quantised": v.quantised,
+                "predicted_decode_tps": v.predicted_decode_tps,
+            }
+            for v in build.variants
+        ],
+        "gates": [
+            {"profile": v.profile, **msgspec.to_builtins(finding)}
+            for v in build.variants
+            for finding in v.findings
+        ],
+        "golden_prompts": build.golden_pack.sha256,
+        "steps": msgspec.to_builtins(build.steps),
+    }
+
+
+def diff(old: Build, new: Build) -> dict[str, Any]:
+    """What differs between two builds, as plain JSON values; what is equal is left out.
+
+    Numbers are given as ``{"old", "new", "change"}``; a variant that only one of them has as ``added`` or ``removed``.
+    """
+    result: dict[str, Any] = {}
+    for name in ("model", "recipe_sha256", "licence", "reference_sha256", "fast"):
+        _note(result, name, getattr(old, name), getattr(new, name))
+    _note(result, "base", msgspec.to_builtins(old.base), msgspec.to_builtins(new.base))
+    for name in ("golden_pack", "provenance"):
+        _note(result, name, getattr(old, name).sha256, getattr(new, name).sha256)
+    for group in sorted({*old.scores, *new.scores}):
+        before, after = old.scores.get(group, {}), new.scores.get(group, {})
+        for metric in sorted({*before, *after}):
+            _note(result, f"scores.{group}.{metric}", before.get(metric), after.get(metric))
+    olds, news = {v.profile: v for v in old.variants}, {v.profile: v for v in new.variants}
+    variants: dict[str, Any] = {}
+    for profile in sorted({*olds, *news}):
+        if profile not in olds or profile not in news:
+            variants[profile] = "added" if profile in news else "removed"
+        elif changed := _variant_diff(olds[profile], news[profile]):
+            variants[profile] = changed
+    if variants:
+        result["variants"] = variants
+    return result
+
+
+def _variant_diff(old: BuiltVariant, new: BuiltVariant) -> dict[str, Any]:
+    changed: dict[str, Any] = {}
+    _note(changed, "sha256", old.model.sha256, new.model.sha256)
+    _note(changed, "artifact_bytes", old.model.bytes, new.model.bytes)
+    for name in old.measured.__struct_fields__:
+        _note(changed, name, getattr(old.measured, name), getattr(new.measured, name))
+    for name in sorted({*old.quantised, *new.quantised}):
+        _note(changed, f"tensors in {name}", old.quantised.get(name, 0), new.quantised.get(name, 0))
+    verdicts_old, verdicts_new = _verdicts(old.findings), _verdicts(new.findings)
+    for gate in sorted({*verdicts_old, *verdicts_new}):
+        _note(changed, f"gate {gate}", verdicts_old.get(gate), verdicts_new.get(gate))
+    return changed
+
+
+def _verdicts(findings: Sequence[GateFinding]) -> dict[str, str]:
+    return {finding.gate: finding.verdict for finding in findings}
+
+
+def _note(into: dict[str, Any], name: str, old: Any, new: Any) -> None:
+    if old == new:
+        return
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (old, new))
+    into[name] = {"old": old, "new": new} | ({"change": round(new - old, 6)} if numbers else {})

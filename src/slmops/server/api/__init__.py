@@ -1,0 +1,1 @@
+"""The HTTP surface for machines: devices, operators' tools, monitors."""

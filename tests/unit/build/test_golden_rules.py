@@ -1,0 +1,88 @@
+"""Golden expectations: what the variant may lose on a device, and what a later release must keep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slmops.artifact.manifest import GoldenPack, decode
+from slmops.build.graph import StepContext
+from slmops.build.steps.golden import BASE_TOLERANCE, FLOOR_SLACK, expectations_of, select
+from slmops.core.errors import BuildError
+
+
+def scores(**logprobs: float) -> dict[str, dict[str, Any]]:
+    return {name: {"tokens_sha256": "a" * 64, "mean_logprob": value} for name, value in logprobs.items()}
+
+
+def test_tolerance_follows_the_variants_own_loss() -> None:
+    """An exact variant gets the base tolerance; a lossy one twice its loss more, at least twice its mean loss."""
+    reference = scores(x=-0.10, y=-0.20)
+    exact = expectations_of(reference, reference, [reference])
+    assert [e.tolerance for e in exact] == [BASE_TOLERANCE, BASE_TOLERANCE]
+    lossy = expectations_of(reference, scores(x=-0.40, y=-0.20), [reference])
+    assert [e.tolerance for e in lossy] == pytest.approx([BASE_TOLERANCE + 0.6, BASE_TOLERANCE + 0.3])
+    assert [e.reference_logprob for e in lossy] == [-0.10, -0.20]
+
+
+def test_the_floor_is_below_every_variant_of_the_release() -> None:
+    """A fixed slack below the worst: all variants of this release hold it, a model that forgot does not."""
+    reference, small, large = scores(x=-0.1), scores(x=-0.5), scores(x=-0.05)
+    for own in (small, large):
+        (expected,) = expectations_of(reference, own, [reference, small, large])
+        assert expected.floor == pytest.approx(-0.5 - FLOOR_SLACK)
+        assert all(s["x"]["mean_logprob"] > expected.floor for s in (reference, small, large))
+        assert expected.floor > -1.0
+
+
+def test_another_tokenisation_is_refused() -> None:
+    """Reference and variant carry the same tokenizer; if not, no likelihood can be compared."""
+    other = {"x": {"tokens_sha256": "b" * 64, "mean_logprob": -0.1}}
+    with pytest.raises(BuildError, match="tokenise it differently"):
+        expectations_of(scores(x=-0.1), other, [other])
+
+
+def chosen(tmp_path: Path, said: dict[str, tuple[str, bool]], count: int) -> GoldenPack:
+    """The pack for a reference that said these things; the gold answer of every item is "gold"."""
+    items = [{"id": name, "messages": [{"role": "user", "content": name}], "answer": "gold"} for name in said]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (tmp_path / "answers.jsonl").write_text(
+        "".join(json.dumps({"id": n, "got": got}) + "\n" for n, (got, _) in said.items())
+    )
+    asked = {"free": {"items": list(said), "exact": [right for _, right in said.values()]}}
+    files = {"eval": tmp_path / "eval.jsonl", "answers": tmp_path / "answers.jsonl"}
+    (tmp_path / "out").mkdir()
+    context = StepContext(
+        files, {"asked": asked}, {"count": count, "max_drop_ratio": 0.0}, tmp_path / "out", lambda r, n: None
+    )
+    value = select(context)
+    pack = decode((tmp_path / "out" / "golden-pack.json").read_bytes(), GoldenPack)
+    assert value["prompts"] == len(pack.prompts)
+    return pack
+
+
+def test_right_answers_come_first_in_the_seeded_order(tmp_path: Path) -> None:
+    """Wrong ones fill up, with what the model said; where it said nothing, with the gold answer."""
+    said = {
+        "a": ("wrong", False),
+        "b": ("gold", True),
+        "c": ("", False),
+        "d": ("gold", True),
+        "e": ("x" * 500, False),
+    }
+    pack = chosen(tmp_path, said, 4)
+    assert [(p.id, p.answer) for p in pack.prompts] == [
+        ("b", "gold"),
+        ("d", "gold"),
+        ("a", "wrong"),
+        ("c", "gold"),
+    ]
+
+
+def test_enough_right_answers_leave_the_wrong_ones_out(tmp_path: Path) -> None:
+    """A model that knows its task is held to right answers only."""
+    said = {"a": ("wrong", False), "b": ("gold", True), "d": ("gold", True)}
+    assert [p.id for p in chosen(tmp_path, said, 2).prompts] == ["b", "d"]
