@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -147,9 +148,17 @@ class Connection(asyncio.Protocol):
 
 
 async def drive(
-    url: str, devices: list[Device], connections: int, seconds: float, rate_s: float | None
-) -> tuple[Load, float]:
-    """Load a server; ``rate_s`` requests per second, or as many as it takes. Returns the load and its seconds."""
+    url: str,
+    devices: list[Device],
+    connections: int,
+    seconds: float,
+    rate_s: float | None,
+    used_s: Callable[[], float],
+) -> tuple[Load, float, float]:
+    """Load a server with ``rate_s`` requests per second, or as many as it takes.
+
+    Returns the load, its seconds, and the CPU seconds that ``used_s`` saw meanwhile.
+    """
     parts = urlsplit(url)
     loop = asyncio.get_running_loop()
     load = Load()
@@ -167,7 +176,7 @@ async def drive(
         _require_alive(load)
         await asyncio.sleep(0.05)
     load.answered, load.latencies_s = 0, []
-    began = time.perf_counter()
+    began, used = time.perf_counter(), used_s()
     if rate_s is None:
         await asyncio.sleep(seconds)
     else:
@@ -177,14 +186,14 @@ async def drive(
             _require_alive(load)
             await asyncio.sleep(0.01)
         load.answered, load.latencies_s = 0, []
-        began = time.perf_counter()
+        began, used = time.perf_counter(), used_s()
         sent = 0
         while (now := time.perf_counter() - began) < seconds:
             for protocol in [p for p in protocols if p.idle][: max(int(now * rate_s) - sent, 0)]:
                 protocol.send_next()
                 sent += 1
             await asyncio.sleep(0.002)
-    took = time.perf_counter() - began
+    took, used = time.perf_counter() - began, used_s() - used
     for protocol in protocols:
         protocol.paced = True
     answered = load.answered
@@ -195,7 +204,7 @@ async def drive(
         protocol.running = False
         protocol.transport.close()
     load.answered = answered
-    return load, took
+    return load, took, used
 
 
 def _require_alive(load: Load) -> None:
@@ -264,9 +273,8 @@ def measure(
     try:
         for device in devices:
             device.sign()
-        before, began = cpu_s(process), time.perf_counter()
-        load, took = asyncio.run(drive(url, devices, connections, seconds, rate_s))
-        used = (cpu_s(process) - before) / (time.perf_counter() - began)
+        work = drive(url, devices, connections, seconds, rate_s, lambda: cpu_s(process))
+        load, took, used = asyncio.run(work)
     finally:
         process.terminate()
         process.wait(20)
@@ -277,7 +285,8 @@ def measure(
         "per_s": load.answered / took,
         "p50_ms": 1000 * statistics.median(ordered),
         "p99_ms": 1000 * ordered[int(0.99 * (len(ordered) - 1))],
-        "core_ratio": used,
+        "core_ratio": used / took,
+        "per_cpu_s": load.answered / used,
     }
 
 
@@ -375,6 +384,14 @@ def main() -> None:
             "unchanged check-ins per second, one process",
             ours["per_s"],
             peer["per_s"],
+            "1/s",
+            PROMISE_PER_S,
+            True,
+        ),
+        row(
+            "unchanged check-ins per CPU second (whatever else runs here)",
+            ours["per_cpu_s"],
+            peer["per_cpu_s"],
             "1/s",
             PROMISE_PER_S,
             True,

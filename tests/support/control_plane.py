@@ -488,11 +488,12 @@ class SimDevice:
             self.feed(machine.Activated())
         elif command is Command.RUN_PROBATION and fate != "stuck":
             if isinstance(fate, Failure):
-                self.golden = (
-                    GoldenReport(1, 0, both=0, only_old=1, lost=("g1",))
+                lost = (
+                    GoldenReport(1, 0, only_old=1, lost=("g1",))
                     if self.state.committed
                     else GoldenReport(0, 1)
                 )
+                self.golden = lost if fate.cause == "content" else None
                 self.feed(machine.Failed(fate))
             else:
                 self.golden = GoldenReport(1, 0, both=1) if self.state.committed else GoldenReport(1, 0)

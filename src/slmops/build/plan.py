@@ -125,10 +125,12 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
     base = _base_step(read, steps)
     steps.append(_text_step(read, base, evaluation))
     reference = _weight_steps(read, base, steps)
-    text = Output(TEXT, "text.json")
+    calibration, held_out = Output(TEXT, "calibration.json"), Output(TEXT, "held-out.json")
     imatrix = Output("imatrix", "imatrix.npz")
     search = read.recipe.search
-    steps.append(Step("imatrix", "slmops.build.steps.calibrate:imatrix", {"model": reference, "text": text}))
+    steps.append(
+        Step("imatrix", "slmops.build.steps.calibrate:imatrix", {"model": reference, "text": calibration})
+    )
     weights: dict[str, Output | SourceFile] = {"model": reference, "imatrix": imatrix}
     for part in range(DAMAGE_PARTS if search.probe_tokens else 0):
         params = {"probe_tokens": search.probe_tokens, "part": part, "parts": DAMAGE_PARTS}
@@ -136,7 +138,7 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
             Step(
                 f"damage {part + 1}",
                 "slmops.build.steps.sensitivity:damage",
-                {**weights, "base": base, "text": text},
+                {**weights, "base": base, "text": calibration},
                 params,
             )
         )
@@ -150,14 +152,14 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
         inputs: dict[str, Output | SourceFile] = {**weights, "choice": choice}
         steps.append(Step(of_target("quantise", target), "slmops.build.steps.quantise:write_variant", inputs))
     steps.append(
-        Step(DISTRIBUTIONS, "slmops.build.steps.divergence:reference", {"model": reference, "text": text})
+        Step(DISTRIBUTIONS, "slmops.build.steps.divergence:reference", {"model": reference, "text": held_out})
     )
     if evaluation.base_items:
         few = evaluation.model_copy(update={"task_items": evaluation.base_items, "constrained_items": 0})
         steps.append(_answers_step(read, ASKED_BASE, base, few))
     steps += _golden_pack_steps(read, reference, evaluation)
     for target in targets:
-        steps += _measure_steps(read, target, variants[target.profile], text, evaluation)
+        steps += _measure_steps(read, target, variants[target.profile], held_out, evaluation)
     steps += [_expect_step(target, targets) for target in targets]
     steps += [_speed_step(read, target, variants[target.profile], evaluation) for target in targets]
     return Plan(tuple(steps), reference, base, targets, evaluation)

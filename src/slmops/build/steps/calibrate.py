@@ -22,7 +22,7 @@ WINDOW_TOKENS = 256
 
 def imatrix(context: StepContext) -> dict[str, Any]:
     """Collect it. Files in: ``model``, ``text``; out: ``imatrix.npz``, one float32 vector a tensor. Value: ``tokens``."""
-    sequences = json.loads(context.files["text"].read_text(encoding="utf-8"))["calibration"]
+    sequences = json.loads(context.files["text"].read_text(encoding="utf-8"))
     token_ids = [token for sequence in sequences for token in sequence]
     window = min(WINDOW_TOKENS, len(token_ids))
     if window < 2:

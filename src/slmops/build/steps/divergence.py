@@ -126,7 +126,7 @@ def perplexity(logprobs: NDArray[np.float64]) -> float:
 
 def _scored(context: StepContext) -> Iterator[tuple[float, NDArray[np.int64], NDArray[np.float32]]]:
     """For each held-out conversation: share done, the tokens that come, and the log-probabilities before them."""
-    sequences = json.loads(context.files["text"].read_text(encoding="utf-8"))["held_out"]
+    sequences = json.loads(context.files["text"].read_text(encoding="utf-8"))
     longest = max(len(sequence["token_ids"]) for sequence in sequences)
     with LogitModel(
         Path(context.files["model"]), context_tokens=math.ceil(longest / 64) * 64, threads=1

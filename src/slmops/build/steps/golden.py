@@ -11,10 +11,14 @@ against f16, three variants, eight prompts), so 0.05 leaves room where the varia
 
 **Floor for later releases**: 0.35 nats below the worst of reference and this release's variants: a later release keeps an
 answer as long as it finds each token, on average, at least 70 % as likely as the worst variant of this release did. Measured
-on SmolLM2 with the example's task (means over an answer): variants of 84 to 145 MB lie at -0.04 to -0.16, a model whose
-attention rows were permuted in three of thirty layers at -0.75 to -1.7, the base before fine-tuning at -2.8 to -4.9. The floor
-(-0.4 to -0.5) is the geometric middle of the first gap: a legitimate variant has more than twice its loss to spare, a model
-that forgot the task keeps nothing. Every variant of a release is above its floors by construction.
+on SmolLM2 with the example's task (mean log-probability of an answer, nats a token):
+
+    adapter                       variants, 84 to 145 MB    attention rows permuted       base, not fine-tuned
+    after 48 minutes              -0.000 to -0.009          -4.6 to -6.1 (six layers)     -2.8 to -4.9
+    after 5 minutes (too few)     -0.04 to -0.16            -0.75 to -1.7 (three layers)  -2.8 to -4.9
+
+So a floor at 0.35 below is far above every bad model and leaves a legitimate one more than twice the loss that was seen, even
+for the weak model. Every variant of a release is above its floors by construction.
 """
 
 from __future__ import annotations

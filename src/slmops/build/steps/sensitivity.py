@@ -240,7 +240,7 @@ def _patch(sink: Any, tensor: Tensor, blob: bytes | memoryview) -> None:
 
 def _probe_text(path: Path, tokens: int) -> list[list[int]]:
     sequences: list[list[int]] = []
-    for token_ids in json.loads(path.read_text(encoding="utf-8"))["calibration"]:
+    for token_ids in json.loads(path.read_text(encoding="utf-8")):
         if sum(map(len, sequences)) >= tokens:
             break
         sequences.append(token_ids)

@@ -21,9 +21,9 @@ SPARE_ANSWER_TOKENS = 8
 def render(context: StepContext) -> dict[str, Any]:
     """Render calibration text and held-out conversations.
 
-    Files in: ``model``, ``eval``, ``calibration``, maybe ``system_prompt``; out: ``text.json`` with ``calibration`` (lists
-    of token ids), ``held_out`` (``id``, ``token_ids``, ``start``: the first position that is scored; what all conversations
-    begin with is not scored again and again). Params: ``calibration_tokens``, ``text_tokens``, ``task_items``, ``seed``.
+    Files in: ``model``, ``eval``, ``calibration``, maybe ``system_prompt``; out: ``calibration.json`` (lists of token ids) and
+    ``held-out.json`` (``id``, ``token_ids``, ``start``: the first position that is scored; what all conversations begin with is
+    not scored again and again): two files, so that more evaluation does not mean another search. Params: ``calibration_tokens``, ``text_tokens``, ``task_items``, ``seed``.
     Value: counts, and ``answer_tokens``: what an answer may need.
     """
     return asyncio.run(_render(context))
@@ -53,13 +53,12 @@ async def _render(context: StepContext) -> dict[str, Any]:
             "the chat template renders nothing",
             hint="the base needs a chat template (tokenizer.chat_template)",
         )
-    document = {
-        "calibration": [token_ids for _, token_ids in known],
-        "held_out": [
-            {"id": name, "token_ids": token_ids, "start": max(start, 1)} for name, token_ids in held_out
-        ],
-    }
-    (context.out / "text.json").write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
+    held = [{"id": name, "token_ids": token_ids, "start": max(start, 1)} for name, token_ids in held_out]
+    for name, document in (
+        ("calibration.json", [token_ids for _, token_ids in known]),
+        ("held-out.json", held),
+    ):
+        (context.out / name).write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
     return {
         "calibration_tokens": sum(len(token_ids) for _, token_ids in known),
         "calibration_items": len(known),

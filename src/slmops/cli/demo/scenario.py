@@ -95,10 +95,10 @@ class Scenario:
         first = self._roll_out(GOOD)
         self._ask_one_device()
         self._say(f"6 · a bad release ({BAD}): signed, loads fine, answers garbage")
-        self._start_load()
         bad = self._build("bad-recipe.yaml", "bad")
         bad_bundle = self._release(bad, BAD, self._waivers_for(bad))
         self._publish(bad_bundle)
+        self._start_load()
         second = self._roll_out(BAD)
         self._summarise(good, [first, second])
         return self.summary

@@ -204,8 +204,8 @@ class Search(Section):
         "Q5_K",
         "Q6_K",
     )
-    calibration_tokens: int = Field(default=3072, ge=64)
-    probe_tokens: int = Field(default=256, ge=0)
+    calibration_tokens: int = Field(default=1536, ge=64)
+    probe_tokens: int = Field(default=144, ge=0)
     sample_rows: int = Field(default=64, ge=1)
 
     @model_validator(mode="after")
