@@ -226,8 +226,12 @@ def test_operator_tokens_and_sessions(store: SqlStore) -> None:
     with store.write() as tx:
         assert tx.access.operator_token(A) == token
         assert tx.access.session(B) == SessionRow(B, A, NOW)
-        tx.access.end_session(B)
+        tx.access.add_session(SessionRow(C, A, NOW + timedelta(hours=1)))
+        tx.access.expire_sessions(NOW)
         assert tx.access.session(B) is None
+        assert tx.access.session(C) is not None
+        tx.access.end_session(C)
+        assert tx.access.session(C) is None
 
 
 def test_releases_and_channels(store: SqlStore) -> None:

@@ -9,13 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 
 from slmops.cli.demo.load import ask
 from slmops.core.device.machine import Phase
 from slmops.testing.agent_process import AgentProcess, make_bad_release, make_release
 from slmops.testing.control_plane import FakeControlPlane
-from slmops.testing.releases import SignedReleases
+from slmops.testing.releases import SERVING, SignedReleases
+
+pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +145,7 @@ def test_killed_in_a_phase_it_goes_on_and_serves_the_old_release_meanwhile(
     device.start()
     _commit(plane, first, 1)
     plane.faults.delay_chunk_s = 0.05
-    plane.assignment = second.assignment(2, probation_min_s=0.3)
-    digest = plane.assignment.assignment_digest
-    _until_journal(device, phase, digest)
+    digest = _caught_in(device, plane, second, phase)
     device.kill()
     state = device.journal().state
     assert state.committed is not None  # always old or new, never neither
@@ -215,8 +216,6 @@ def test_spoiled_downloads_are_fetched_again(
 def test_a_server_that_assigns_what_was_never_signed_is_refused(
     device: AgentProcess, plane: FakeControlPlane, first
 ) -> None:
-    import msgspec
-
     device.start()
     honest = first.assignment(1)
     plane.assignment = msgspec.structs.replace(honest, release_sha256="0" * 64)
@@ -313,6 +312,26 @@ class _Load:
                 except (httpx.HTTPError, ValueError) as error:
                     self.failed.append(repr(error))
                 self._stop.wait(0.02)
+
+
+def _caught_in(device: AgentProcess, plane: FakeControlPlane, made, phase: Phase) -> str:
+    """Assign until the journal is seen in a phase: some last milliseconds only, so the same release is tried again.
+
+    Another context size makes another assignment of it. Returns the digest of the one that was caught.
+    """
+    for attempt in range(30):
+        serving = msgspec.structs.replace(SERVING, context_tokens=512 + 64 * attempt)
+        plane.assignment = made.assignment(2 + attempt, serving=serving, probation_min_s=0.3)
+        digest = plane.assignment.assignment_digest
+        while True:
+            state = device.journal().state
+            target = state.committed if state.phase is Phase.COMMITTED else state.candidate
+            if target is not None and target.assignment_digest == digest:
+                if state.phase is phase:
+                    return digest
+                if state.phase is Phase.COMMITTED:
+                    break
+    raise AssertionError(f"{phase.value} was never seen")
 
 
 def _until_journal(device: AgentProcess, phase: Phase, digest: str | None) -> None:

@@ -27,7 +27,7 @@ from slmops.core.errors import IllegalTransitionError, PermissionDeniedError
 from slmops.core.rollout.judge import DeviceStatus
 from slmops.core.rollout.machine import ENDED, RUNNING, Phase
 from slmops.protocol.messages import Assignment
-from slmops.server.services.rollouts import ACTIONS, ALIVE
+from slmops.server.services.decisions import ACTIONS, ALIVE
 
 FATES: dict[str, Failure | str | None] = {
     "good": None,

@@ -180,6 +180,9 @@ class _Agent:
             uvicorn.Config(
                 gateway.app(),
                 log_config=None,
+                loop="asyncio",  # a device has neither uvloop nor httptools: be the same where they are installed
+                http="h11",
+                ws="none",
                 access_log=False,
                 lifespan="off",
                 timeout_graceful_shutdown=_SHUTDOWN_S,

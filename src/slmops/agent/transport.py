@@ -258,7 +258,7 @@ def problem_error(status: int, body: bytes, what: str, headers: httpx.Headers) -
     except UNREADABLE_JSON:
         problem = Problem("about:blank", "", status, f"{what}: the server answered {status}", "")
     kind: type[SlmopsError] = _BY_STATUS.get(status, TransientError if status >= 500 else UsageError)
-    if problem.code == TokenError.code:
+    if problem.code.startswith(TokenError.code):
         kind = TokenError
     fields: dict[str, Any] = {k: v for k, v in problem.fields.items() if k not in ("message", "hint")}
     retry_after = _seconds(headers.get("Retry-After"))

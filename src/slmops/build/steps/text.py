@@ -22,9 +22,10 @@ def render(context: StepContext) -> dict[str, Any]:
     """Render calibration text and held-out conversations.
 
     Files in: ``model``, ``eval``, ``calibration``, maybe ``system_prompt``; out: ``calibration.json`` (lists of token ids) and
-    ``held-out.json`` (``id``, ``token_ids``, ``start``: the first position that is scored; what all conversations begin with is
-    not scored again and again): two files, so that more evaluation does not mean another search. Params: ``calibration_tokens``, ``text_tokens``, ``task_items``, ``seed``.
-    Value: counts, and ``answer_tokens``: what an answer may need.
+    ``held-out.json`` (``id``, ``token_ids``, ``start``: the first position that is scored; what all conversations begin with
+    is not scored again and again): two files, so that more evaluation does not mean another search. Params:
+    ``calibration_tokens``, ``text_tokens``, ``task_items``, ``seed``. Value: counts, and ``answer_tokens``: what an answer
+    may need.
     """
     return asyncio.run(_render(context))
 

@@ -111,7 +111,10 @@ class AccessTable(Protocol):
         """An operator token by its hash."""
 
     def add_session(self, session: SessionRow) -> None:
-        """Add a browser session, and forget those that have expired by its beginning."""
+        """Add a browser session."""
+
+    def expire_sessions(self, now: datetime) -> None:
+        """Forget sessions whose time is over."""
 
     def session(self, sha256: str) -> SessionRow | None:
         """A session by its hash."""

@@ -177,6 +177,7 @@ class Access:
             expires_at = now + timedelta(seconds=SESSION_S)
             if row is not None and row.expires_at is not None:
                 expires_at = min(expires_at, row.expires_at)
+            tx.access.expire_sessions(now)
             tx.access.add_session(SessionRow(token_hash(cookie), token_hash(token), expires_at))
             tx.journal.audit(now, caller.name, "session.begin", caller.name, {})
         return cookie

@@ -21,8 +21,9 @@ from slmops.server.ports.store import Store, Transaction
 from slmops.server.ports.world import Bell, Clock
 from slmops.server.services import assign
 from slmops.server.services.catalogue import Catalogue, OpenRelease
+from slmops.server.services.decisions import COMPLETE
 from slmops.server.services.rollout_plan import RolloutPlan, read_plan, remembered_plan
-from slmops.server.services.rollouts import COMPLETE, Rollouts
+from slmops.server.services.rollouts import Rollouts
 from slmops.server.services.words import Caller, Role, rfc3339
 
 _CHANNEL = re.compile(r"^[a-z0-9][a-z0-9._-]{0,62}\Z")

@@ -18,8 +18,9 @@ from slmops.core.rollout.machine import ENDED, RUNNING, TABLE, Phase
 from slmops.server.ports.rows import DeviceRow, MemberRow, RolloutRow
 from slmops.server.ports.store import Store
 from slmops.server.ports.world import Clock
+from slmops.server.services.decisions import ACTIONS
 from slmops.server.services.evidence import evidence_of, unsettled
-from slmops.server.services.rollouts import ACTIONS, Rollouts
+from slmops.server.services.rollouts import Rollouts
 from slmops.server.services.words import rfc3339
 
 

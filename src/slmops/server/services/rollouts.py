@@ -7,61 +7,45 @@ row's version decides. ``tick`` is what the worker calls; it takes the time as a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 
 from slmops.core.errors import NotFoundError, PermissionDeniedError, UsageError
-from slmops.core.evidence.gates import Verdict
-from slmops.core.rollout.judge import DeviceStatus, Judgement, count, judge
+from slmops.core.rollout.judge import DeviceStatus, count, judge
 from slmops.core.rollout.machine import (
     ENDED,
     EXPOSED,
     RUNNING,
-    AbortOrdered,
-    Approved,
-    Close,
-    Command,
     Event,
     Judged,
-    OpenWave,
     PauseOrdered,
     Phase,
-    Rejected,
-    ResumeOrdered,
-    RevertDevices,
     RevertsSettled,
-    RollbackOrdered,
     Started,
     Superseded,
-    Withdraw,
     begin,
     step,
 )
-from slmops.server.ports.rows import DeviceRow, JudgementRow, MemberRow, OutcomeRow, RolloutRow
+from slmops.server.ports.rows import DeviceRow, JudgementRow, MemberRow, RolloutRow
 from slmops.server.ports.store import Store, Transaction
 from slmops.server.ports.world import Bell, Clock, Names
 from slmops.server.services import offers, reverts
 from slmops.server.services.catalogue import Catalogue, OpenRelease
+from slmops.server.services.decisions import (
+    ACTIONS,
+    ALIVE,
+    COMPLETE,
+    by_device,
+    judgement_row,
+    sentence,
+    written,
+)
 from slmops.server.services.evidence import evidence_of, observe, refused_for_fit
 from slmops.server.services.outbox import carry_out
 from slmops.server.services.registry import Registry
 from slmops.server.services.rollout_plan import RolloutPlan, remembered_plan
-from slmops.server.services.words import SERVER, Caller, Role
-
-#: action -> (role that may, event that it means)
-ACTIONS: dict[str, tuple[Role, Callable[[str, str], Event]]] = {
-    "approve": (Role.APPROVER, lambda by, reason: Approved(by)),
-    "reject": (Role.APPROVER, lambda by, reason: Rejected(by)),
-    "pause": (Role.OPERATOR, lambda by, reason: PauseOrdered(_said("paused", by, reason))),
-    "resume": (Role.OPERATOR, lambda by, reason: ResumeOrdered()),
-    "abort": (Role.OPERATOR, lambda by, reason: AbortOrdered(_said("aborted", by, reason))),
-    "rollback": (Role.OPERATOR, lambda by, reason: RollbackOrdered(_said("rolled back", by, reason))),
-}
-
-#: phases that a restart, a tick or a person can still move
-ALIVE = frozenset(Phase) - ENDED
-COMPLETE = frozenset({Phase.COMPLETED, Phase.COMPLETED_PARTIAL})
+from slmops.server.services.words import SERVER, Caller
 
 #: how long an ended rollout still takes in the outcomes of its last devices, for the record
 AFTERMATH = timedelta(days=1)
@@ -224,7 +208,7 @@ class Rollouts:
         if before is None or replace(changed, row_version=before.row_version) != before:
             tx.rollouts.save(changed)
         for command in commands:
-            kind, arguments = _written(command)
+            kind, arguments = written(command)
             tx.rollouts.post(rollout.id, kind, arguments, now)
         if state.phase is not rollout.state.phase:
             detail = {"from": rollout.state.phase.value, "phase": state.phase.value, "reason": state.reason}
@@ -249,7 +233,7 @@ class Rollouts:
             rollout = self.required(tx, rollout_id)
             plan = self.plan_of(tx, rollout)
             members, devices = self._load(tx, rollout_id)
-            outcomes = _by_device(tx.devices.rollout_outcomes(rollout_id))
+            outcomes = by_device(tx.devices.rollout_outcomes(rollout_id))
             changed: list[MemberRow] = []
             for member in members:
                 device = devices[member.device_id]
@@ -304,7 +288,7 @@ class Rollouts:
         )
         unreached = count(everyone, plan.deadlines, now).not_reached
         event = Judged(judgement.verdict, judgement.complete, sentence(judgement), unreached)
-        self._decide(rollout_id, event, now, _judgement_row(rollout.judgement, judgement, now))
+        self._decide(rollout_id, event, now, judgement_row(rollout.judgement, judgement, now))
 
     def _settle_reverts(self, rollout: RolloutRow, members: Sequence[MemberRow], now: datetime) -> None:
         with self._store.read() as tx:
@@ -422,42 +406,3 @@ class Rollouts:
                 hint="the database was edited by hand",
             )
         return remembered_plan(blueprint.source)
-
-
-def sentence(judgement: Judgement) -> str:
-    """The finding that decided, in one sentence."""
-    for verdict in (Verdict.FAIL, Verdict.ERROR, Verdict.INCONCLUSIVE, Verdict.PASS):
-        for finding in judgement.findings:
-            if finding.verdict is verdict:
-                return f"{finding.gate}: {finding.reason}"
-    return ""
-
-
-def _judgement_row(before: JudgementRow | None, judgement: Judgement, now: datetime) -> JudgementRow:
-    findings = tuple((f.gate, f.verdict.value, f.reason, f.needed) for f in judgement.findings)
-    if before is not None and (before.verdict, before.findings) == (judgement.verdict.value, findings):
-        return before
-    return JudgementRow(now, judgement.verdict.value, findings)
-
-
-def _written(command: Command) -> tuple[str, Mapping[str, int | str]]:
-    """A command as the outbox keeps it."""
-    if isinstance(command, OpenWave):
-        return "open_wave", {"wave": command.wave}
-    if isinstance(command, Withdraw):
-        return "withdraw", {}
-    if isinstance(command, RevertDevices):
-        return "revert_devices", {"scope": command.scope}
-    assert isinstance(command, Close)
-    return "close", {"phase": command.phase.value}
-
-
-def _by_device(outcomes: Sequence[OutcomeRow]) -> dict[str, list[OutcomeRow]]:
-    grouped: dict[str, list[OutcomeRow]] = {}
-    for outcome in outcomes:
-        grouped.setdefault(outcome.device_id, []).append(outcome)
-    return grouped
-
-
-def _said(what: str, by: str, reason: str) -> str:
-    return f"{what} by {by}: {reason}" if reason else f"{what} by {by}"

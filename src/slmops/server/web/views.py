@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slmops.client.records import DeviceRecord, ReleaseDetail
-from slmops.server.services.rollouts import ACTIONS
+from slmops.server.services.decisions import ACTIONS
 from slmops.server.services.words import Role
 
 ROLE_OF_ACTION: dict[str, Role] = {name: role for name, (role, _) in ACTIONS.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from sqlalchemy import Connection, delete, insert, select, update
 
 from slmops.core.errors import ConflictError
@@ -88,6 +90,10 @@ class SqlAccess:
                 sha256=session.sha256, token_sha256=session.token_sha256, expires_at=session.expires_at
             )
         )
+
+    def expire_sessions(self, now: datetime) -> None:
+        """Forget sessions whose time is over."""
+        self._connection.execute(delete(sessions).where(sessions.c.expires_at <= now))
 
     def session(self, sha256: str) -> SessionRow | None:
         """A session by its hash."""
