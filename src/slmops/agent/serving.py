@@ -17,12 +17,16 @@ from pathlib import Path
 
 import httpx
 
+from slmops.agent.facts import memory_limit_bytes
 from slmops.agent.identity import DeviceConfig
 from slmops.agent.store.artifacts import ArtifactStore
 from slmops.agent.store.layout import Layout
 from slmops.agent.store.slots import Slot, read_slot
+from slmops.artifact.manifest import Variant, decode
+from slmops.core.device.fit import Serving, memory_needed
 from slmops.core.device.machine import SlotName
 from slmops.core.errors import BusyError, RuntimeLoadError, SlmopsError
+from slmops.protocol.messages import ServingSettings
 from slmops.runtimes import Capabilities, Engine, EngineLimits, EngineSpec, load
 from slmops.runtimes.connect import engine_client
 
@@ -218,6 +222,7 @@ class EngineKeeper:
             batch_tokens=max(serving.micro_batch_tokens, 64),
             ubatch_tokens=serving.micro_batch_tokens,
             embeddings=True,
+            repack=self._has_room_to_repack(slot, serving),
         )
         workdir = self._layout.engines / name
         _empty_folder(workdir)
@@ -230,6 +235,20 @@ class EngineKeeper:
             raise
         client = engine_client(engine.socket_path)
         return Backend(name, slot, engine, runtime.capabilities, client, self._system_prompt(slot))
+
+    def _has_room_to_repack(self, slot: Slot, serving: ServingSettings) -> bool:
+        """Whether weights may be copied into this CPU's fastest order.
+
+        The copy is faster and costs up to the weights' size in private memory, which the fit does not count: it is made
+        only where two engines with their copies fit.
+        """
+        variant = decode(self._store.read_blob(slot.digest_of("variant")), Variant)
+        shape = variant.model_shape()
+        settings = Serving(
+            serving.context_tokens, serving.kv_cache, serving.parallel, serving.micro_batch_tokens
+        )
+        needed = memory_needed(shape, settings).total_bytes + shape.weights_bytes
+        return 2 * needed <= (self._config.ram_limit_bytes or memory_limit_bytes())
 
     def _system_prompt(self, slot: Slot) -> str:
         wanted = slot.assignment.serving.system_prompt if slot.assignment.serving else ""
