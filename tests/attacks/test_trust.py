@@ -46,7 +46,7 @@ def trusted(device: Device) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in device.folder.glob("*.json")}
 
 
-def refuses(device: Device, error: type[Exception]) -> None:
+def refuses(device: Device, error: type[Exception] | tuple[type[Exception], ...]) -> None:
     """The refresh fails, and nothing that the device trusted has changed but for the step before the failure."""
     before = trusted(device)
     with pytest.raises(error):
@@ -135,7 +135,9 @@ def test_a_swapped_snapshot(world: World, device: Device) -> None:
     other.signed.expires += timedelta(days=1)
     other.sign(world.online)
     world.files[newest] = other.to_bytes()
-    refuses(device, RepositoryError)
+    refuses(
+        device, (RepositoryError, DownloadLengthMismatchError)
+    )  # an ECDSA signature may make it longer, too
 
 
 def test_freeze(world: World, device: Device) -> None:

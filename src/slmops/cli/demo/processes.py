@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
 import msgspec
 
 from slmops.artifact.digest import UNREADABLE_JSON
@@ -91,24 +90,22 @@ class Processes:
         self.running.clear()
 
 
-def wait_for_http(url: str, processes: Processes, timeout_s: float = 60.0) -> None:
-    """Wait until a URL answers 200.
+def wait_for_line(name: str, begins: str, processes: Processes, timeout_s: float = 60.0) -> str:
+    """The rest of the line with which a process says that it is ready.
 
     Raises:
-        DeadlineError: it did not in time.
+        BusyError: a process ended meanwhile.
+        DeadlineError: it did not say so in time.
     """
     deadline = time.monotonic() + timeout_s
+    log = processes.logs / f"{name}.log"
     while time.monotonic() < deadline:
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith(begins):
+                return line.removeprefix(begins).strip()
         processes.check()
-        try:
-            if httpx.get(url, timeout=2.0, trust_env=False).status_code == httpx.codes.OK:
-                return
-        except httpx.HTTPError:
-            pass
         time.sleep(0.1)
-    raise DeadlineError(
-        f"{url} did not answer within {timeout_s:.0f} s", hint=f"see the logs in {processes.logs}"
-    )
+    raise DeadlineError(f"{name} was not ready within {timeout_s:.0f} s", hint=f"see {log}")
 
 
 def wait_for_run_file(folder: Path, processes: Processes, timeout_s: float = 60.0) -> str:

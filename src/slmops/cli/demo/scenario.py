@@ -23,9 +23,10 @@ import httpx
 from slmops.build import describe, load_build, run_build
 from slmops.cli.build.group import print_variants, show_steps
 from slmops.cli.demo.load import LoadClient, ask, eval_commands
-from slmops.cli.demo.processes import Processes, free_port, slmops_command, wait_for_http, wait_for_run_file
+from slmops.cli.demo.processes import Processes, free_port, slmops_command, wait_for_line, wait_for_run_file
 from slmops.cli.output import Progress, megabytes, percent, print_table
 from slmops.cli.rollout.group import print_rollout, progress_line
+from slmops.cli.server.group import READY
 from slmops.client import ControlPlane
 from slmops.client.records import RolloutDetail
 from slmops.core.errors import BugError, DeadlineError, GateError
@@ -188,8 +189,7 @@ class Scenario:
     # ---- control plane and devices -----------------------------------------------------------------------------------
 
     def _start_server(self) -> None:
-        port = free_port(8420)
-        self._server_url = f"http://127.0.0.1:{port}"
+        listen = f"127.0.0.1:{free_port(8420)}"
         self._processes.start(
             "server",
             "server",
@@ -197,13 +197,14 @@ class Scenario:
             "--data-dir",
             str(self._data),
             "--listen",
-            f"127.0.0.1:{port}",
+            listen,
             "--poll-s",
             "1",
             "--tick-s",
             "0.5",
         )
-        wait_for_http(f"{self._server_url}/readyz", self._processes)
+        # The URL comes from our own process: something else may have taken the port meanwhile, and would answer, too.
+        self._server_url = wait_for_line("server", READY, self._processes)
         made = subprocess.run(
             slmops_command(
                 "server",

@@ -16,6 +16,9 @@ _DATA = click.option(
     help="Data folder: database, chunks, online keys.",
 )
 
+#: what ``server run`` prints on standard output before its URL, once it accepts connections
+READY = "control plane ready:"
+
 
 @click.group()
 def server() -> None:
@@ -76,7 +79,8 @@ def run(
             tick_s=tick_s,
             tls_cert=tls_cert,
             tls_key=tls_key,
-        )
+        ),
+        on_ready=lambda url: click.echo(f"{READY} {url}"),
     )
 
 
