@@ -60,6 +60,7 @@ def main() -> None:
         made = add_release(releases, "1.0.0", "You are brief.")
         agent.start()
         roll_out(plane, made, 1)
+        plane.poll_s = 30.0  # a device's usual pace
         bare = httpx.Client(
             transport=httpx.HTTPTransport(uds=str(engine_socket(agent.layout.engines))),
             base_url="http://engine",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from importlib import metadata
 from pathlib import Path
@@ -62,6 +63,7 @@ def profile_of(name: str, facts: Facts) -> DeviceProfile:
     )
 
 
+@functools.lru_cache  # looked up in package metadata: some 20 ms, and it cannot change while the agent runs
 def installed_runtimes(override: str = "") -> dict[str, str]:
     """Engines that can be started here, with their versions: no release can name another one, signed or not."""
     found: dict[str, str] = {}
