@@ -62,18 +62,21 @@ def main() -> None:
         roll_out(plane, made, 1)
         plane.poll_s = 30.0  # a device's usual pace
         bare = httpx.Client(
-            transport=httpx.HTTPTransport(uds=str(engine_socket(agent.layout.engines))),
+            # no kept connections, as in runtimes/connect.py: the engine closes them after every stream
+            transport=httpx.HTTPTransport(
+                uds=str(engine_socket(agent.layout.engines)), limits=httpx.Limits(max_keepalive_connections=0)
+            ),
             base_url="http://engine",
             timeout=120,
         )
         ours = httpx.Client(base_url=agent.url.removesuffix("/v1"), timeout=120, trust_env=False)
         samples: dict[str, list[tuple[float, float]]] = {"bare": [], "ours": []}
         path = "/v1/chat/completions"
-        stream(bare, path, 0), stream(ours, path, 0)
+        stream(bare, path, 100), stream(ours, path, 101)
         for turn in range(1, ROUNDS + 1):
             order = [("bare", bare), ("ours", ours)] if turn % 2 else [("ours", ours), ("bare", bare)]
             for offset, (name, client) in enumerate(order):
-                samples[name].append(stream(client, path, turn * 10 + offset))
+                samples[name].append(stream(client, path, 100 + 2 * turn + offset))
                 print(
                     f"round {turn} {name}: first token {samples[name][-1][0] * 1000:.1f} ms, {samples[name][-1][1]:.1f} tokens/s",
                     flush=True,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,19 +17,6 @@ from slmops.artifact.digest import UNREADABLE_JSON
 from slmops.core.errors import BusyError, DeadlineError
 
 _STOP_S = 15.0
-
-
-def free_port(preferred: int) -> int:
-    """The preferred loopback port if nobody has it, else any free one."""
-    for port in (preferred, 0):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
-    raise BusyError("no loopback port is free", hint="close some programs")
 
 
 def slmops_command(*arguments: str) -> list[str]:
@@ -88,6 +75,36 @@ class Processes:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         self.running.clear()
+
+
+def start_on_port(
+    processes: Processes, name: str, arguments: Sequence[str], ready: str, *, preferred: int
+) -> str:
+    """Start a server on the preferred loopback port, or on any free one when somebody has that; returns its URL.
+
+    The port is not probed first: between the probe and the server's start another program can take it. The URL is what our
+    own process says, because whoever has the port would answer, too.
+
+    Args:
+        processes: that it joins.
+        name: of the process.
+        arguments: of ``slmops``, without ``--listen``.
+        ready: how the line begins with which it says that it is ready; the URL follows.
+        preferred: port.
+
+    Raises:
+        BusyError: it ended for another reason than a taken port.
+        DeadlineError: it was not ready in time.
+    """
+    for port in (preferred, 0):
+        process = processes.start(name, *arguments, "--listen", f"127.0.0.1:{port}")
+        try:
+            return wait_for_line(name, ready, processes)
+        except BusyError:
+            if port == 0 or process.poll() != BusyError.exit_code:
+                raise
+            del processes.running[name]
+    raise BusyError("no loopback port is free", hint="close some programs")
 
 
 def wait_for_line(name: str, begins: str, processes: Processes, timeout_s: float = 60.0) -> str:

@@ -1,0 +1,44 @@
+"""The demo's processes: a control plane finds a port even when its usual one is taken."""
+
+from __future__ import annotations
+
+import socket
+from datetime import datetime, timezone
+from pathlib import Path
+
+import httpx
+import pytest
+
+from slmops.cli.demo.processes import Processes, start_on_port
+from slmops.cli.server.group import READY
+from slmops.core.errors import BusyError
+from slmops.release import Workspace, init_keys
+
+pytestmark = pytest.mark.e2e
+
+
+def test_a_taken_port_is_left_to_its_owner_and_another_one_is_used(tmp_path: Path) -> None:
+    data = tmp_path / "server"
+    init_keys(Workspace(tmp_path / "keys"), data, "a passphrase for this test", datetime.now(timezone.utc))
+    processes = Processes(tmp_path / "logs")
+    with socket.create_server(("127.0.0.1", 0)) as owner:
+        taken = owner.getsockname()[1]
+        try:
+            url = start_on_port(
+                processes, "server", ("server", "run", "--data-dir", str(data)), READY, preferred=taken
+            )
+            assert url != f"http://127.0.0.1:{taken}"
+            assert httpx.get(f"{url}/healthz", trust_env=False).status_code == 200
+            processes.check()
+        finally:
+            processes.stop_all()
+
+
+def test_a_server_that_ends_for_another_reason_is_not_tried_again(tmp_path: Path) -> None:
+    processes = Processes(tmp_path / "logs")
+    arguments = ("server", "run", "--data-dir", str(tmp_path / "nothing-here"))
+    with pytest.raises(BusyError, match="ended with code 2"):
+        start_on_port(processes, "server", arguments, READY, preferred=0)
+    log = (tmp_path / "logs" / "server.log").read_text(encoding="utf-8")
+    assert log.count("error[") == 1
+    processes.running.clear()
