@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import tempfile
 from pathlib import Path
 
@@ -216,33 +217,21 @@ def test_a_candidate_that_never_passes_probation_is_given_up_after_some_starts(t
 
 
 def test_a_forward_step_that_cannot_be_persisted_is_not_taken(tmp_path: Path) -> None:
-    """The journal's folder refuses writes: the offer is dropped in memory and the disk still holds the old state."""
+    """A full disk (the file-size limit stands for it): the offer is dropped in memory, the disk holds the old state."""
     device = Device(tmp_path)
     device.run(_offer(1))
     before = device.layout.journal.read_bytes()
-    device.layout.journal.with_name(".journal.json.tmp").mkdir()  # every write of a temporary file now fails
-
-    async def refuse() -> None:
-        from slmops.agent.store import files
-
-        original = files.os.open
-
-        def no_space(path: object, *rest: int, **more: object) -> int:
-            if str(path).endswith(".journal.json.tmp"):
-                raise OSError(28, "No space left on device")
-            return original(path, *rest, **more)  # type: ignore[arg-type]
-
-        device.layout.journal.with_name(".journal.json.tmp").rmdir()
-        files.os.open = no_space  # type: ignore[assignment]
-        try:
-            offered, assignment = _offer(2)
-            await device.driver.offer(offered, assignment)
-        finally:
-            files.os.open = original
-        assert device.driver.state.phase is Phase.COMMITTED
-
-    asyncio.run(refuse())
+    offered, assignment = _offer(2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        asyncio.run(device.driver.offer(offered, assignment))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert device.driver.state.phase is Phase.COMMITTED
     assert device.layout.journal.read_bytes() == before
+    device.run(_offer(2))  # with room again, the same offer is taken
+    assert device.driver.state.committed is not None and device.driver.state.committed.generation == 2
 
 
 def test_only_the_engine_is_to_blame_for_content() -> None:
