@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from slmops.cli.demo.processes import Processes, start_on_port
-from slmops.cli.server.group import READY
+from slmops.cli.server.run import READY
 from slmops.core.errors import BusyError
 from slmops.release import Workspace, init_keys
 

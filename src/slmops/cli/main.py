@@ -74,7 +74,7 @@ class _LazyNouns(click.Group):
 )
 @click.version_option(package_name="slmops")
 def root() -> None:
-    r"""Take a small language model from a folder to a fleet of edge devices, and keep it good there.
+    """Take a small language model from a folder to a fleet of edge devices, and keep it good there.
 
     \b
     Start here:  slmops demo --fast

@@ -10,8 +10,8 @@ import click
 import pytest
 
 from slmops.cli.main import NOUNS, main, root
-from slmops.cli.release.group import parse_waivers
-from slmops.cli.server.group import parse_listen
+from slmops.cli.release.create import parse_waivers
+from slmops.cli.server.run import parse_listen
 from slmops.core.errors import UsageError
 
 
@@ -40,13 +40,17 @@ def _verbs(command: click.Command, path: tuple[str, ...] = ()) -> list[tuple[tup
 @pytest.mark.parametrize(
     ("path", "command"), _verbs(root), ids=lambda v: " ".join(v) if isinstance(v, tuple) else ""
 )
-def test_every_verb_has_help(
+def test_every_verb_has_help_with_an_example(
     path: tuple[str, ...], command: click.Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, _ = _run(capsys, *path, "--help")
     assert code == 0
     assert "Usage: slmops" in out
-    assert command.help
+    examples = [
+        line for line in out.splitlines() if line.startswith("    ") and f"slmops {' '.join(path)}" in line
+    ]
+    assert examples, "no example on a line of its own"
+    assert "\\b" not in out
 
 
 def test_every_noun_loads() -> None:

@@ -69,7 +69,7 @@ def run(
     workers: int,
     as_json: bool,
 ) -> None:
-    r"""Build what RECIPE describes. Steps whose inputs did not change are not run again.
+    """Build what RECIPE describes. Steps whose inputs did not change are not run again.
 
     \b
     Examples:
@@ -112,7 +112,12 @@ def run(
 @click.argument("directory", type=_DIRECTORY)
 @json_option
 def show(directory: Path, as_json: bool) -> None:
-    """Show variants, gates and steps of a build directory."""
+    """Show variants, gates and steps of a build directory.
+
+    \b
+    Example:
+      slmops build show build/home-intents
+    """
     described = describe(load_build(directory))
     print_json(described) if as_json else _print_build(described)
 
@@ -122,7 +127,12 @@ def show(directory: Path, as_json: bool) -> None:
 @click.argument("new", type=_DIRECTORY)
 @json_option
 def diff_command(old: Path, new: Path, as_json: bool) -> None:
-    """Say what differs between two build directories."""
+    """Say what differs between two build directories.
+
+    \b
+    Example:
+      slmops build diff build/home-intents-1 build/home-intents-2
+    """
     difference = diff(load_build(old), load_build(new))
     if as_json:
         print_json(difference)

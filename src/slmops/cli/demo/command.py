@@ -51,7 +51,7 @@ def find_project() -> Path:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def demo(fast: bool, out: Path | None, work: Path, project: Path | None, as_json: bool) -> None:
-    r"""The main job, end to end, on this machine.
+    """The main job, end to end, on this machine.
 
     Builds three variants, signs them, rolls them out to six real agent processes in waves, and shows how a bad release
     is refused while a client keeps asking.

@@ -26,8 +26,8 @@ from slmops.cli.demo.load import LoadClient, ask, eval_commands
 from slmops.cli.demo.outcome import print_summary, summary_of, unexpected
 from slmops.cli.demo.processes import Processes, slmops_command, start_on_port, wait_for_run_file
 from slmops.cli.output import Progress, megabytes, percent
-from slmops.cli.rollout.group import print_rollout, progress_line
-from slmops.cli.server.group import READY
+from slmops.cli.rollout.printing import print_rollout, progress_line
+from slmops.cli.server.run import READY
 from slmops.client import ControlPlane
 from slmops.client.records import RolloutDetail
 from slmops.core.errors import BugError, DeadlineError, GateError

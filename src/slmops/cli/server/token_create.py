@@ -1,0 +1,36 @@
+"""``slmops server token create``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from slmops.cli.server.folder import data_option
+
+
+@click.command("create")
+@data_option
+@click.option(
+    "--role",
+    type=click.Choice(["viewer", "operator", "approver", "admin"]),
+    default="operator",
+    show_default=True,
+)
+@click.option(
+    "--name", default="operator", show_default=True, help="Who it is for; shown in the audit trail."
+)
+@click.option("--ttl-s", default=30 * 86_400, show_default=True, help="Life, seconds.")
+@click.option("--database-url", help="SQLAlchemy URL.  [default: SQLite in the data folder]")
+def create(data_dir: Path, role: str, name: str, ttl_s: int, database_url: str | None) -> None:
+    """Make an operator token and print it once.
+
+    \b
+    Example:
+      slmops server token create --data-dir data --role admin > ~/.config/slmops/token
+    """
+    from slmops.server.main import ServerOptions, create_operator_token  # noqa: PLC0415
+
+    click.echo(
+        create_operator_token(ServerOptions(data_dir=data_dir, database_url=database_url), role, name, ttl_s)
+    )
