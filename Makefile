@@ -3,24 +3,36 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TRAIN := .venv-train
+TRAIN_STAMP := $(TRAIN)/.installed
 ARGS ?=
 NAME ?=
 
-.PHONY: demo test check bench docs clean help
+.PHONY: demo test test-train check bench docs clean help
 
 help:            ## what there is
-	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
 $(STAMP): pyproject.toml constraints/dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints/dev.txt --editable '.[dev]'
 	touch $(STAMP)
 
+# torch first and alone: pulled in by another package it may come as gigabytes of CUDA
+$(TRAIN_STAMP): pyproject.toml constraints/train.txt
+	$(PYTHON) -m venv $(TRAIN)
+	$(TRAIN)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(TRAIN)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/train.txt --editable '.[dev,train]'
+	touch $(TRAIN_STAMP)
+
 demo: $(STAMP)   ## the main job, end to end (make demo ARGS="--fast --out s.json")
 	$(BIN)/slmops demo $(ARGS)
 
 test: $(STAMP)   ## all tests
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+test-train: $(TRAIN_STAMP)  ## the tests that need torch, in an environment of their own
+	$(TRAIN)/bin/python -m pytest -n 2 tests/unit/train $(ARGS)
 
 check: $(STAMP)  ## ruff, mypy --strict, import-linter, fast tests
 	$(BIN)/ruff check .
@@ -38,4 +50,4 @@ docs: $(STAMP)   ## generate what is generated, and check the rest
 	$(BIN)/python -m pytest -q tests/docs
 
 clean:           ## remove what these targets made
-	rm -rf $(VENV) .demo .slmops-cache build dist releases .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(TRAIN) .demo .slmops-cache build dist releases .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
