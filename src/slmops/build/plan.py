@@ -149,7 +149,7 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
     steps.append(_answers_step(read, ASKED_REFERENCE, reference, evaluation))
     for target in targets:
         choice = Output(of_target("choose", target))
-        inputs: dict[str, Output | SourceFile] = {**weights, "choice": choice}
+        inputs: dict[str, Output | SourceFile] = {**weights, "choice": choice, **_feedback_inputs(read)}
         steps.append(Step(of_target("quantise", target), "slmops.build.steps.quantise:write_variant", inputs))
     steps.append(
         Step(DISTRIBUTIONS, "slmops.build.steps.divergence:reference", {"model": reference, "text": held_out})
@@ -163,6 +163,16 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
     steps += [_expect_step(target, targets) for target in targets]
     steps += [_speed_step(read, target, variants[target.profile], evaluation) for target in targets]
     return Plan(tuple(steps), reference, base, targets, evaluation)
+
+
+def _feedback_inputs(read: ReadRecipe) -> dict[str, Output | SourceFile]:
+    """What quantising with error feedback takes besides weights and importance matrix."""
+    inputs: dict[str, Output | SourceFile] = {}
+    if read.recipe.search.feedback:
+        inputs |= {"hessians": Output("imatrix", "hessians.npz"), "inputs": Output("imatrix")}
+        if "scales" in read.sources:
+            inputs["scales"] = read.sources["scales"]
+    return inputs
 
 
 def _chosen(recipe: Recipe, only: tuple[str, ...] | None) -> tuple[Target, ...]:
@@ -345,6 +355,7 @@ def _sources(recipe: Recipe, folder: Path) -> dict[str, SourceFile]:
         "schema": task.answer_schema,
         "system_prompt": task.system_prompt,
         "train": task.train,
+        "scales": recipe.search.scales_from,
     }
     paths |= {
         f"adapter-{index}": step.merge.adapter

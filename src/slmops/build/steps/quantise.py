@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -20,22 +21,27 @@ from slmops.build.gguf_file import (
     write_gguf,
 )
 from slmops.build.graph import StepContext
-from slmops.build.steps.calibrate import read_imatrix
+from slmops.build.memo import Memo
+from slmops.build.steps.calibrate import Hessians, read_imatrix
 from slmops.build.steps.sensitivity import PROBE_TYPE, fits, is_quantisable
+from slmops.build.steps.tensors import RUN, TensorQuantiser, frozen_blocks
 from slmops.core.device.fit import ModelShape, Serving, memory_needed
 from slmops.core.errors import BudgetError, BuildError
 from slmops.core.search.knapsack import smallest, solve
 from slmops.core.search.sensitivity import Group, options, scales, swallow_prices
-from slmops.runtimes.llama_cpp.quantise import quantise_rows
 
 USES = (
     "slmops.artifact.chunkmap",
     "slmops.artifact.fastcdc",
+    "slmops.build.feedback",
     "slmops.build.gguf_file",
+    "slmops.build.steps.calibrate",
     "slmops.build.steps.sensitivity",
+    "slmops.build.steps.tensors",
     "slmops.core.device.fit",
     "slmops.core.search.knapsack",
     "slmops.core.search.sensitivity",
+    "slmops.runtimes.llama_cpp.blocks",
     "slmops.runtimes.llama_cpp.quantise",
 )
 #: metadata of the reference that is not true of a variant with mixed types
@@ -109,20 +115,26 @@ def choose(context: StepContext) -> dict[str, Any]:
 def write_variant(context: StepContext) -> dict[str, Any]:
     """Quantise tensor by tensor and cut the file into chunks.
 
-    Files in: ``model``, ``imatrix``; out: ``model.gguf``, ``chunk-map.json``. Values in: ``choice``. Value: size, shape, bits a
-    weight, histogram of types, every tensor that could not be stored as compactly as others and why.
+    Files in: ``model``, ``imatrix``, maybe ``hessians`` (with value ``inputs``: error feedback) and ``scales`` (an earlier
+    release's file); out: ``model.gguf``, ``chunk-map.json``. Values in: ``choice``. Value: size, shape, bits a weight, histogram
+    of types, every tensor that could not be stored as compactly as others and why, in which ways tensors were made, and with
+    ``scales`` how many blocks kept theirs.
 
     Raises:
         BuildError: the file is larger than chosen (an invariant of ours).
     """
     choice = context.values["choice"]
     types: Mapping[str, str] = choice["types"]
-    importance = read_imatrix(context.files["imatrix"])
     target = context.out / "model.gguf"
-    with open_gguf(context.files["model"]) as model:
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(open_gguf(context.files["model"]))
+        earlier = (
+            stack.enter_context(open_gguf(context.files["scales"])) if "scales" in context.files else None
+        )
+        quantiser = quantiser_of(context, model, earlier)
 
         def make(tensor: Tensor) -> bytes:
-            return quantise_rows(types[tensor.name], model.rows(tensor), importance.get(tensor.name))
+            return quantiser.make(tensor, types[tensor.name])
 
         tensors = [
             NewTensor(t.name, types[t.name], t.shape, partial(make, t))
@@ -138,6 +150,10 @@ def write_variant(context: StepContext) -> dict[str, Any]:
             progress=lambda ratio: context.progress(ratio * 0.95, "quantising"),
         )
         notes = fallbacks(model, types)
+        kept: dict[str, Any] = {}
+        if earlier is not None:
+            with open_gguf(target) as written:
+                kept = {"frozen": frozen_blocks(earlier, written)}
     size_bytes = target.stat().st_size
     if size_bytes != choice["size_bytes"] or size_bytes > choice["budget_bytes"]:
         raise BuildError(
@@ -156,7 +172,20 @@ def write_variant(context: StepContext) -> dict[str, Any]:
         "quantised": dict(sorted(histogram.items())),
         "fallbacks": notes,
         "chunks": len(chunk_map.chunks),
+        "ways": dict(sorted(quantiser.ways.items())),
+        **kept,
     }
+
+
+def quantiser_of(context: StepContext, model: GgufFile, earlier: GgufFile | None = None) -> TensorQuantiser:
+    """What makes this step's tensors, from its inputs ``imatrix`` and maybe ``hessians``."""
+    hessians = (
+        Hessians(context.files["hessians"], context.values["inputs"]["inputs"])
+        if "hessians" in context.files
+        else None
+    )
+    importance = read_imatrix(context.files["imatrix"])
+    return TensorQuantiser(model, importance, hessians, Memo(context.memo, RUN), earlier)
 
 
 def fallbacks(model: GgufFile, types: Mapping[str, str]) -> list[dict[str, Any]]:

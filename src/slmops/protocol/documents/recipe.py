@@ -189,6 +189,9 @@ class Search(Section):
         probe_tokens: on which the damage of each group of tensors is measured; 0 measures none and takes
             errors alike everywhere.
         sample_rows: rows of each tensor on which errors are estimated.
+        feedback: quantise with error feedback (GPTQ): later columns make up for what earlier ones lost.
+        scales_from: an earlier release's GGUF whose block scales are kept where that costs little, so that the
+            update is small.
     """
 
     types: tuple[str, ...] = (
@@ -207,6 +210,8 @@ class Search(Section):
     calibration_tokens: int = Field(default=1536, ge=64)
     probe_tokens: int = Field(default=144, ge=0)
     sample_rows: int = Field(default=64, ge=1)
+    feedback: bool = True
+    scales_from: str | None = None
 
     @model_validator(mode="after")
     def _known(self) -> Search:
