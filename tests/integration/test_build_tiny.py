@@ -117,6 +117,36 @@ def test_the_directory_holds_what_its_index_says(built: Built) -> None:
     assert (built.out / "prompts" / "default").read_bytes() == b"Answer in JSON."
 
 
+def test_choices_are_verified_and_repaired(built: Built, tmp_path: Path) -> None:
+    """With verification the types are the best of what was measured, within the same budget, and the same again."""
+    search = {**yaml.safe_load(built.recipe.read_text())["search"], "verify_tokens": 96, "neighbours": 6}
+    recipe = built.changed_recipe("verified.yaml", search=search)
+    result = built.again(tmp_path / "verified", recipe, ["pi-zero2-512mb"])
+    (variant,) = json.loads((result.folder / "evidence.json").read_bytes())["variants"]
+    verified = variant["verified"]
+    assert verified["after"] <= verified["before"] == verified["choices"][0]
+    assert verified["after"] <= min(verified["choices"])
+    assert verified["measurements"] > len(verified["choices"])
+    assert variant["artifact_bytes"] <= 120_000
+    assert variant["ways"]["feedback"] > 0
+    plain = json.loads((built.out / "evidence.json").read_bytes())["variants"][0]
+    assert plain["verified"] is None
+
+
+def test_another_budget_is_an_assembly(built: Built, tmp_path: Path) -> None:
+    """Tensors that keep their type under the new budget are not quantised again; a budget of before quantises nothing."""
+    pieces = {path for path in (built.cache / "memo").rglob("*") if path.is_file()}
+    assert pieces
+    recipe = built.changed_recipe(
+        "other-budget.yaml", targets=[{"profile": "pi5-8gb", "budget": {"artifact_bytes": "168kB"}}]
+    )
+    result = built.again(tmp_path / "other", recipe)
+    assert result.steps_run < 10
+    new = {path for path in (built.cache / "memo").rglob("*") if path.is_file()} - pieces
+    quantised = sum(n for kind, n in result.build.variants[0].quantised.items() if kind not in ("F16", "F32"))
+    assert len(new) < quantised / 2
+
+
 def test_evidence_and_provenance_tell_the_whole_way(built: Built) -> None:
     """Scores before, after and quantised; gates; base, steps, sources and tools by digest; nothing of this machine."""
     evidence = json.loads((built.out / "evidence.json").read_bytes())

@@ -2,6 +2,7 @@
 
     objects/ab/<sha256>     files that steps made, read-only
     steps/<key>.json        what a step gave: its JSON value and the digests of its files
+    memo/ab/<key>           pieces that steps share (:mod:`slmops.build.memo`)
     work/<...>              folders of running steps; a step that fails or is killed leaves nothing anywhere else
 
 A record is written last, after its files are on the disk, so its presence means that all of it is there. A key is the
@@ -84,6 +85,11 @@ class Cache:
                 f"cache folder {self.folder} cannot be made: {error.strerror}",
                 hint=f"set {FOLDER_VARIABLE} to a folder that you may write to",
             ) from error
+
+    @property
+    def memo(self) -> Path:
+        """Folder of the pieces that steps share."""
+        return self.folder / "memo"
 
     def path(self, sha256: str) -> Path:
         """Where a file of this digest lies, or would."""

@@ -70,6 +70,7 @@ class StepContext:
         params: JSON values.
         out: empty folder; files that are left here are the step's files.
         progress: call with a ratio 0..1 (or None) and a note.
+        memo: folder of pieces that steps share (:mod:`slmops.build.memo`); None shares nothing, with the same results.
     """
 
     files: Mapping[str, Path]
@@ -77,6 +78,7 @@ class StepContext:
     params: Mapping[str, Any]
     out: Path
     progress: Callable[[float | None, str], None]
+    memo: Path | None = None
 
 
 def resolve(run: str) -> Callable[[StepContext], Any]:

@@ -10,7 +10,9 @@ The order of the list is also the order of preference: what the longest chain wa
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,10 @@ from slmops.core.device.profile import BUILTIN_PROFILES, DeviceProfile
 from slmops.core.errors import BaseModelError, DigestError, DocumentError, NotFoundError
 from slmops.protocol.documents.profile import Profile
 from slmops.protocol.documents.reader import load_documents
-from slmops.protocol.documents.recipe import Evaluation, Recipe, Target
+from slmops.protocol.documents.recipe import Evaluation, Recipe, Search, Target
 
 DAMAGE_PARTS = 2
+PREDICTION_PARTS = 2
 PROMPT_TOKENS, DECODE_TOKENS = 128, 48
 BASE, TEXT, PACK, ASKED_BASE, ASKED_REFERENCE, DISTRIBUTIONS, GOLDEN_REFERENCE = (
     "base",
@@ -144,12 +147,17 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
         )
     rows = {"types": list(search.types), "sample_rows": search.sample_rows}
     steps.append(Step("errors", "slmops.build.steps.sensitivity:errors", {**weights, "base": base}, rows))
+    steps += _gradient_steps(read, weights, calibration)
     variants = {target.profile: Output(of_target("quantise", target), "model.gguf") for target in targets}
-    steps += [_choose_step(read, target, reference) for target in targets]
+    for target in targets:
+        choosing = _choose_step(read, target, reference)
+        steps.append(choosing)
+        if search.verify_tokens:
+            steps.append(_verify_step(read, target, choosing, calibration))
     steps.append(_answers_step(read, ASKED_REFERENCE, reference, evaluation))
     for target in targets:
-        choice = Output(of_target("choose", target))
-        inputs: dict[str, Output | SourceFile] = {**weights, "choice": choice}
+        choice = Output(_chosen_by(read.recipe, target))
+        inputs: dict[str, Output | SourceFile] = {**weights, "choice": choice, **_feedback_inputs(read)}
         steps.append(Step(of_target("quantise", target), "slmops.build.steps.quantise:write_variant", inputs))
     steps.append(
         Step(DISTRIBUTIONS, "slmops.build.steps.divergence:reference", {"model": reference, "text": held_out})
@@ -163,6 +171,65 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
     steps += [_expect_step(target, targets) for target in targets]
     steps += [_speed_step(read, target, variants[target.profile], evaluation) for target in targets]
     return Plan(tuple(steps), reference, base, targets, evaluation)
+
+
+def _gradient_steps(read: ReadRecipe, weights: dict[str, Output | SourceFile], text: Output) -> list[Step]:
+    """Gradients of sampled targets, and what they predict for every type: where torch is installed, unless told otherwise."""
+    search = read.recipe.search
+    if not predicts(search):
+        return []
+    params = {
+        "tokens": search.gradient_tokens,
+        "seed": read.recipe.evaluation.seed,
+        "torch": version("torch"),
+    }
+    inputs: dict[str, Output | SourceFile] = {"model": weights["model"], "text": text}
+    gradients = Step("gradients", "slmops.train.gradients:collect", inputs, params)
+    given: dict[str, Output | SourceFile] = {
+        **weights,
+        "hessians": Output("imatrix", "hessians.npz"),
+        "inputs": Output("imatrix"),
+        "gradients": Output("gradients", "gradients.npz"),
+        "gradients-facts": Output("gradients"),
+    }
+    rows = {"types": list(search.types), "sample_rows": search.sample_rows, "parts": PREDICTION_PARTS}
+    return [
+        gradients,
+        *(
+            Step(
+                f"predictions {part + 1}",
+                "slmops.build.steps.predicted:predict",
+                given,
+                {**rows, "part": part},
+            )
+            for part in range(PREDICTION_PARTS)
+        ),
+    ]
+
+
+def predicts(search: Search) -> bool:
+    """Whether losses are predicted from gradients.
+
+    Raises:
+        DocumentError: the recipe insists on it and torch is not installed.
+    """
+    present = importlib.util.find_spec("torch") is not None
+    if search.sensitivity == "kfac" and not present:
+        raise DocumentError(
+            "search.sensitivity: kfac needs torch, which is not installed",
+            hint='pip install "slmops[train]", or sensitivity: auto (torch where it is installed, else measured damage)',
+        )
+    return present and search.sensitivity != "measured"
+
+
+def _feedback_inputs(read: ReadRecipe) -> dict[str, Output | SourceFile]:
+    """What quantising with error feedback takes besides weights and importance matrix."""
+    inputs: dict[str, Output | SourceFile] = {}
+    if read.recipe.search.feedback:
+        inputs |= {"hessians": Output("imatrix", "hessians.npz"), "inputs": Output("imatrix")}
+        if "scales" in read.sources:
+            inputs["scales"] = read.sources["scales"]
+    return inputs
 
 
 def _chosen(recipe: Recipe, only: tuple[str, ...] | None) -> tuple[Target, ...]:
@@ -240,7 +307,35 @@ def _choose_step(read: ReadRecipe, target: Target, reference: Output) -> Step:
     inputs: dict[str, Output | SourceFile] = {"model": reference, "errors": Output("errors")}
     if read.recipe.search.probe_tokens:
         inputs |= {f"damage-{part + 1}": Output(f"damage {part + 1}") for part in range(DAMAGE_PARTS)}
-    return Step(of_target("choose", target), "slmops.build.steps.quantise:choose", inputs, params, light=True)
+    if predicts(read.recipe.search):
+        inputs |= {
+            f"predictions-{part + 1}": Output(f"predictions {part + 1}") for part in range(PREDICTION_PARTS)
+        }
+    return Step(of_target("choose", target), "slmops.build.steps.choose:choose", inputs, params, light=True)
+
+
+def _verify_step(read: ReadRecipe, target: Target, choosing: Step, text: Output) -> Step:
+    """The best choices by their true divergence, and better ones near them."""
+    search = read.recipe.search
+    params = {
+        **choosing.params,
+        "tokens": search.verify_tokens,
+        "neighbours": search.neighbours,
+        "seed": read.recipe.evaluation.seed,
+    }
+    inputs = {
+        **choosing.inputs,
+        "imatrix": Output("imatrix", "imatrix.npz"),
+        "choice": Output(choosing.name),
+        "text": text,
+        **_feedback_inputs(read),
+    }
+    return Step(of_target("verify", target), "slmops.build.steps.repair:repair", inputs, params)
+
+
+def _chosen_by(recipe: Recipe, target: Target) -> str:
+    """Name of the step that has the last word on a target's types."""
+    return of_target("verify" if recipe.search.verify_tokens else "choose", target)
 
 
 def _answers_step(read: ReadRecipe, name: str, model: Output | SourceFile, evaluation: Evaluation) -> Step:
@@ -345,6 +440,7 @@ def _sources(recipe: Recipe, folder: Path) -> dict[str, SourceFile]:
         "schema": task.answer_schema,
         "system_prompt": task.system_prompt,
         "train": task.train,
+        "scales": recipe.search.scales_from,
     }
     paths |= {
         f"adapter-{index}": step.merge.adapter

@@ -278,6 +278,8 @@ def _evidence(
                 },
                 "figures": _figures(read, target, results),
                 "expected_kld": choice["expected_kld"],
+                "verified": _verified(results, target),
+                "ways": results[of_target("quantise", target)].value["ways"],
                 "quantised": variant.quantised,
                 "fallbacks": results[of_target("quantise", target)].value["fallbacks"],
                 "golden": results[of_target("expectations", target)].value,
@@ -297,8 +299,16 @@ def _evidence(
         "base": scores.get("base"),
         "golden": {**results[PACK].value, "reference": results[GOLDEN_REFERENCE].value["scores"]},
         "damage": results[of_target("choose", plan.targets[0])].value["damage"],
+        "sensitivity": results[of_target("choose", plan.targets[0])].value["sensitivity"],
         "variants": rows,
     }
+
+
+def _verified(results: Mapping[str, StepResult], target: Target) -> dict[str, Any] | None:
+    """What the best choices really cost, when they were measured before one was taken."""
+    step = results.get(of_target("verify", target))
+    verified: dict[str, Any] | None = step.value["verified"] if step is not None else None
+    return verified
 
 
 def _provenance(

@@ -151,7 +151,7 @@ class _Run:
                 def note(ratio: float | None, text: str) -> None:
                     self.events.put(_Happened(step.name, ratio, text))
 
-                context = StepContext(files, values, dict(step.params), folder, note)
+                context = StepContext(files, values, dict(step.params), folder, note, self.cache.memo)
                 inline = step.light or self.workers == 0
                 with naming_full_disks(folder):
                     value = resolve(step.run)(context) if inline else self._in_a_process(step, context)
@@ -187,6 +187,7 @@ class _Run:
             "values": context.values,
             "params": context.params,
             "out": str(context.out),
+            "memo": str(context.memo) if context.memo is not None else None,
         }
         with tempfile.TemporaryFile() as log:
             child = subprocess.Popen(

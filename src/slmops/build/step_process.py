@@ -38,6 +38,7 @@ def main() -> int:
             config["params"],
             out,
             progress,
+            Path(config["memo"]) if config.get("memo") else None,
         )
         try:
             value = resolve(config["run"])(context)

@@ -8,7 +8,9 @@ from slmops.core.search.sensitivity import (
     SLOW_FACTOR,
     SWALLOW_STEEPNESS,
     Group,
+    corrections,
     options,
+    rank_correlation,
     scales,
     swallow_prices,
 )
@@ -67,3 +69,22 @@ def test_options_are_ordered_and_the_fast_type_wins_a_tie() -> None:
     assert [option.name for option in row] == ["Q5_0", "Q8_0", "F16"]
     assert row[1].loss < row[0].loss == pytest.approx(0.1 * SLOW_FACTOR)
     assert row[2].loss == 0.0
+
+
+def test_measured_damage_corrects_predictions_part_of_the_way() -> None:
+    """A group that was predicted four times too bad is corrected by half of that (on a logarithmic scale), within bounds."""
+    groups = [Group(("a", "b"), 0.1), Group(("c",), 0.05), Group(("d",), 100.0)]
+    predicted = {"a": 0.3, "b": 0.1, "c": 0.05, "d": 1.0}
+    none, half, full = (corrections(groups, predicted, strength) for strength in (0.0, 0.5, 1.0))
+    assert none == {"a": 1.0, "b": 1.0, "c": 1.0, "d": 1.0}
+    assert half == pytest.approx({"a": 0.5, "b": 0.5, "c": 1.0, "d": 2.0})
+    assert full == pytest.approx({"a": 0.25, "b": 0.25, "c": 1.0, "d": 4.0})
+
+
+def test_rank_correlation() -> None:
+    """Known values; ties share ranks; too little says nothing."""
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 99]) == pytest.approx(1.0)
+    assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
+    assert rank_correlation([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486832980505138)
+    assert rank_correlation([1, 2], [1, 2]) is None
+    assert rank_correlation([1, 1, 1], [1, 2, 3]) is None

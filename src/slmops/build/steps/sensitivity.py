@@ -99,10 +99,10 @@ def damage(context: StepContext) -> dict[str, Any]:
         def measure(group: Sequence[str]) -> float:
             nonlocal done
             for name in group:
-                _patch(sink, tensors[name], _probed(model, tensors[name], importance.get(name)))
+                patch(sink, tensors[name], _probed(model, tensors[name], importance.get(name)))
             value = _mean_divergence(exact, _logprobs(scratch, sequences))
             for name in group:
-                _patch(sink, tensors[name], model.blob(tensors[name]))
+                patch(sink, tensors[name], model.blob(tensors[name]))
             done += 1
             context.progress(done / total, f"{_title(group)}: KL divergence {value:.4f}")
             return value
@@ -228,7 +228,7 @@ def _probed(model: GgufFile, tensor: Tensor, importance: NDArray[np.float32] | N
     return stored.astype("<f2").tobytes()
 
 
-def _patch(sink: Any, tensor: Tensor, blob: bytes | memoryview) -> None:
+def patch(sink: Any, tensor: Tensor, blob: bytes | memoryview) -> None:
     """Overwrite a tensor in the scratch file; sizes are equal, so a mapping of the file stays valid."""
     if len(blob) != tensor.size_bytes:
         raise BuildError(

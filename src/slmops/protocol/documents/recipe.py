@@ -189,6 +189,14 @@ class Search(Section):
         probe_tokens: on which the damage of each group of tensors is measured; 0 measures none and takes
             errors alike everywhere.
         sample_rows: rows of each tensor on which errors are estimated.
+        sensitivity: ``kfac``: losses are predicted from gradients of sampled targets (needs torch) and corrected by
+            measured damage; ``measured``: measured damage times error; ``auto``: the first where torch is installed.
+        gradient_tokens: calibration tokens that gradients are taken on.
+        verify_tokens: calibration tokens on which the best choices are measured as they would ship; 0 trusts the tables.
+        neighbours: choices near the best one that are measured, too.
+        feedback: quantise with error feedback (GPTQ): later columns make up for what earlier ones lost.
+        scales_from: an earlier release's GGUF whose block scales are kept where that costs little, so that the
+            update is small.
     """
 
     types: tuple[str, ...] = (
@@ -207,6 +215,12 @@ class Search(Section):
     calibration_tokens: int = Field(default=1536, ge=64)
     probe_tokens: int = Field(default=144, ge=0)
     sample_rows: int = Field(default=64, ge=1)
+    sensitivity: Literal["auto", "kfac", "measured"] = "auto"
+    gradient_tokens: int = Field(default=16384, ge=64)
+    verify_tokens: int = Field(default=0, ge=0)
+    neighbours: int = Field(default=8, ge=0, le=256)
+    feedback: bool = True
+    scales_from: str | None = None
 
     @model_validator(mode="after")
     def _known(self) -> Search:

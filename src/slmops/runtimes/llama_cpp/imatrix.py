@@ -1,13 +1,14 @@
 """Importance matrix of a GGUF model: the mean squared input of every weight matrix. For build: needs numpy.
 
 Same quantity as llama.cpp's imatrix tool (`tools/imatrix/imatrix.cpp` in the sdist): for each matrix product
-`weight @ input`, the sum over tokens of input squared, divided by the tokens seen.
+`weight @ input`, the sum over tokens of input squared, divided by the tokens seen. It is the diagonal of the mean
+outer product of the inputs, the Hessian of a layer's squared output error, which error feedback needs whole.
 """
 
 from __future__ import annotations
 
 import ctypes as ct
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +36,19 @@ class Imatrix:
 
     sums: dict[str, NDArray[np.float32]] = field(repr=False)
     tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """Mean outer product of one input, which several weight matrices may share (queries, keys and values do).
+
+    Attributes:
+        tensors: the matrices that it goes into, the first seen first.
+        matrix: (n_per_row, n_per_row), float32, symmetric.
+    """
+
+    tensors: tuple[str, ...]
+    matrix: NDArray[np.float32] = field(repr=False)
 
 
 class _Collector:
@@ -68,12 +82,89 @@ class _Collector:
         values = np.ctypeslib.as_array((ct.c_float * (width * rows)).from_address(inputs.data)).reshape(
             rows, width
         )
+        self._take(name, ct.addressof(inputs), values)
+
+    def _take(self, name: str, address: int, values: NDArray[np.float32]) -> None:
+        del address  # of the input, for those who care which matrices share it
+        rows = len(values)
         squared = np.einsum("ij,ij->j", values, values, dtype=np.float64)
         if name in self.sums:
             self.sums[name] += squared
         else:
             self.sums[name] = squared
         self.rows[name] = self.rows.get(name, 0) + rows
+
+
+class _HessianCollector(_Collector):
+    """Outer products of as many inputs as fit; each input once, however many matrices it goes into.
+
+    Args:
+        done: matrices whose input is known already.
+        limit_bytes: room for sums; one is always taken.
+    """
+
+    def __init__(self, done: Collection[str], limit_bytes: int) -> None:
+        super().__init__()
+        self.products: dict[str, NDArray[np.float32]] = {}
+        self.first_of: dict[str, str] = {}
+        self.left_out = False
+        self._done = done
+        self._limit_bytes = limit_bytes
+        self._graph: dict[
+            int, str
+        ] = {}  # address of an input to the first matrix of this graph that it goes into
+        self._seen: set[str] = set()
+
+    def _take(self, name: str, address: int, values: NDArray[np.float32]) -> None:
+        if name in self._seen:  # the next graph: addresses are given anew
+            self._graph.clear()
+            self._seen.clear()
+        self._seen.add(name)
+        if name in self._done:
+            return
+        first = self.first_of.setdefault(name, self._graph.setdefault(address, name))
+        if first != name:
+            return
+        if first not in self.products:
+            used_bytes = sum(product.nbytes for product in self.products.values())
+            if self.products and used_bytes + 4 * values.shape[1] ** 2 > self._limit_bytes:
+                self.left_out = True
+                return
+            self.products[first] = np.zeros((values.shape[1], values.shape[1]), dtype=np.float32)
+        self.products[first] += values.T @ values
+        self.rows[first] = self.rows.get(first, 0) + len(values)
+
+
+def collect_hessians(
+    path: Path,
+    token_ids: Sequence[int],
+    *,
+    window_tokens: int = 256,
+    threads: int = 1,
+    limit_bytes: int = 1 << 30,
+) -> Iterator[Hessian]:
+    """Run a calibration text and collect every input's mean outer product.
+
+    Args:
+        path: GGUF file, best of high precision.
+        token_ids: the text, at least one window.
+        window_tokens: tokens of one independent window; a shorter rest is left out.
+        threads: compute threads.
+        limit_bytes: memory for sums; when all do not fit, the text is run again for the rest.
+
+    Raises:
+        BuildError: as :func:`collect_imatrix`.
+    """
+    done: set[str] = set()
+    while True:
+        collector = _HessianCollector(done, limit_bytes)
+        _run(collector, path, token_ids, window_tokens, threads)
+        for first, product in collector.products.items():
+            tensors = tuple(name for name, one in collector.first_of.items() if one == first)
+            done.update(tensors)
+            yield Hessian(tensors, product / np.float32(collector.rows[first]))
+        if not collector.left_out:
+            return
 
 
 def collect_imatrix(
@@ -90,19 +181,31 @@ def collect_imatrix(
     Raises:
         BuildError: fewer tokens than a window, or the graph holds its inputs in another form.
     """
+    collector = _Collector()
+    windows = _run(collector, path, token_ids, window_tokens, threads)
+    if not collector.sums:
+        raise BuildError("imatrix: no matrix product was seen", hint="report it")
+    means = {
+        name: (total / collector.rows[name]).astype(np.float32) for name, total in collector.sums.items()
+    }
+    return Imatrix(means, windows * window_tokens)
+
+
+def _run(
+    collector: _Collector, path: Path, token_ids: Sequence[int], window_tokens: int, threads: int
+) -> int:
+    """Show a collector every window of a text; gives their number."""
     if len(token_ids) < window_tokens:
         raise BuildError(
             f"imatrix: expected at least {window_tokens} calibration tokens, got {len(token_ids)}",
             hint="give more calibration text",
         )
-    collector = _Collector()
     windows = len(token_ids) // window_tokens
-    with LogitModel(path, context_tokens=window_tokens, threads=threads, on_node=collector) as model:
+    with LogitModel(
+        path, context_tokens=window_tokens, threads=threads, on_node=collector, batch_tokens=window_tokens
+    ) as model:
         for index in range(windows):
             model.logits(token_ids[index * window_tokens : (index + 1) * window_tokens])
-    if collector.problem or not collector.sums:
-        raise BuildError(f"imatrix: {collector.problem or 'no matrix product was seen'}", hint="report it")
-    means = {
-        name: (total / collector.rows[name]).astype(np.float32) for name, total in collector.sums.items()
-    }
-    return Imatrix(means, windows * window_tokens)
+    if collector.problem:
+        raise BuildError(f"imatrix: {collector.problem}", hint="report it")
+    return windows

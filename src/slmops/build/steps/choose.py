@@ -1,0 +1,242 @@
+"""Choosing types under a budget: what is known about losses, what is allowed, and the exact optimum of both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from slmops.artifact.gguf_layout import Tensor
+from slmops.build.gguf_file import GgufFile, NewTensor, file_bytes, open_gguf, padded, tensor_bytes
+from slmops.build.graph import StepContext
+from slmops.build.steps.sensitivity import PROBE_TYPE, fits, is_quantisable
+from slmops.core.device.fit import ModelShape, Serving, memory_needed
+from slmops.core.errors import BudgetError
+from slmops.core.search.knapsack import Option, smallest, solve
+from slmops.core.search.sensitivity import (
+    Group,
+    corrections,
+    options,
+    rank_correlation,
+    scales,
+    swallow_prices,
+)
+
+USES = (
+    "slmops.artifact.gguf_layout",
+    "slmops.build.gguf_file",
+    "slmops.build.steps.sensitivity",
+    "slmops.core.device.fit",
+    "slmops.core.search.knapsack",
+    "slmops.core.search.sensitivity",
+)
+#: metadata of the reference that is not true of a variant with mixed types
+DROPPED: dict[str, int | None] = {"general.file_type": None}
+#: how far measured damage corrects predictions: half-way, and for other readings of the tables not at all and fully
+CORRECTION, CORRECTIONS = 0.5, (0.0, 1.0)
+_SHOWN_TENSORS = 4
+
+
+@dataclass(frozen=True)
+class Space:
+    """What can be chosen.
+
+    Attributes:
+        names: of the quantisable tensors; ``table``: their options, in the same order.
+        sizes: tensor to type to bytes; ``fixed_bytes``: of everything else in the file.
+        shape: of the model; ``header_bytes``: before its tensors.
+        sensitivity: what the losses rest on.
+    """
+
+    names: tuple[str, ...]
+    table: list[list[Option]]
+    sizes: dict[str, dict[str, int]]
+    fixed_bytes: int
+    shape: ModelShape
+    header_bytes: int
+    sensitivity: Sensitivity
+
+
+def choose(context: StepContext) -> dict[str, Any]:
+    """Choose a type for every tensor: least expected divergence within the byte and memory budgets.
+
+    Files in: ``model`` (the F16 reference). Values in: ``errors``; ``damage-1``... unless nothing was probed (then relative
+    errors count alike everywhere); ``predictions-1``... where there are gradients. Params: ``types``,
+    ``artifact_bytes``, ``ram_bytes``, ``serving``. Value: ``types`` of all quantised tensors, ``size_bytes``,
+    ``expected_kld`` and what bounded the choice.
+
+    Raises:
+        BudgetError: no choice fits: names the bound, the smallest possible file and the tensors that make it.
+    """
+    params = context.params
+    with open_gguf(context.files["model"]) as model:
+        space = space_of(model, context.values, params)
+    least_bytes = space.fixed_bytes + smallest(space.table)
+    allowed = _allowed_bytes(params, space.shape, space.header_bytes)
+    budget_bytes = min(allowed.values())
+    choice = solve(space.table, budget_bytes - space.fixed_bytes)
+    if choice is None:
+        least_of = {name: min(space.sizes[name].values()) for name in space.names}
+        raise _too_small(params, allowed, least_bytes, space.fixed_bytes, least_of)
+    picked = zip(space.names, space.table, choice.picks, strict=True)
+    return {
+        "types": {name: row[pick].name for name, row, pick in picked},
+        "size_bytes": space.fixed_bytes + choice.size_bytes,
+        "budget_bytes": budget_bytes,
+        "bound": min(allowed, key=lambda name: allowed[name]),
+        "smallest_bytes": least_bytes,
+        "expected_kld": choice.loss,
+        "undone_kld": space.sensitivity.undone,
+        "damage": _damage_summary(space.sensitivity.groups),
+        "sensitivity": space.sensitivity.report,
+    }
+
+
+def space_of(
+    model: GgufFile, values: Mapping[str, Any], params: Mapping[str, Any], *, correction: float = CORRECTION
+) -> Space:
+    """Every tensor's options.
+
+    Args:
+        model: the F16 reference.
+        values: the tables, as :func:`choose` takes them.
+        params: ``types``.
+        correction: how far measured damage corrects predictions, 0..1.
+    """
+    measured = values["errors"]
+    sensitivity = sensitivity_of(values, correction)
+    prices = swallow_prices({name: row["change"] for name, row in measured.items()}, sensitivity.undone)
+    tensors = [tensor for tensor in model.layout.tensors if is_quantisable(tensor)]
+    whole_bytes = file_bytes(model, [kept(model, t) for t in model.layout.tensors], DROPPED)
+    sizes = {
+        t.name: {
+            name: padded(tensor_bytes(name, t.shape)) for name in [*params["types"], "F16"] if fits(name, t)
+        }
+        for t in tensors
+    }
+    table = [
+        options(sizes[t.name], sensitivity.losses[t.name], measured[t.name]["swallowed"], 1.0, prices[t.name])
+        for t in tensors
+    ]
+    return Space(
+        tuple(t.name for t in tensors),
+        table,
+        sizes,
+        whole_bytes - sum(padded(t.size_bytes) for t in tensors),
+        model.layout.shape(),
+        model.layout.tensors_start,
+        sensitivity,
+    )
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What is known about losses before anything is written.
+
+    Attributes:
+        losses: tensor to type to expected divergence; ``groups``: what was measured; ``undone``: divergence of the base.
+        report: for the evidence: the method, why not a better one, and how well predictions rank what was measured.
+    """
+
+    losses: Mapping[str, Mapping[str, float]]
+    groups: list[Group]
+    undone: float
+    report: dict[str, Any]
+
+
+def sensitivity_of(values: Mapping[str, Any], correction: float = CORRECTION) -> Sensitivity:
+    """Put the tables together: predictions from gradients where there are some, else measured damage times errors.
+
+    Args:
+        values: the tables.
+        correction: how far measured damage corrects predictions, 0..1.
+    """
+    measured = values["errors"]
+    errors: dict[str, dict[str, float]] = {name: row["error"] for name, row in measured.items()}
+    parts = [values[name] for name in sorted(values) if name.startswith("damage")]
+    groups = [
+        Group(tuple(group["tensors"]), float(group["damage"])) for part in parts for group in part["groups"]
+    ]
+    undone = next((float(part["undone"]) for part in parts if part["undone"] is not None), 1.0)
+    tables = [values[name] for name in sorted(values) if name.startswith("predictions")]
+    reason = next((table["reason"] for table in tables if not table["available"]), "")
+    if tables and not reason:
+        predicted = {name: row for table in tables for name, row in table["kld"].items()}
+        probe = {name: value for table in tables for name, value in table["probe"].items()}
+        factor = corrections(groups, probe, correction) if groups else dict.fromkeys(predicted, 1.0)
+        losses = {
+            name: {kind: factor[name] * value for kind, value in row.items()}
+            for name, row in predicted.items()
+        }
+        ranked, method = probe, "kfac"
+    else:
+        scale = scales(groups, errors, PROBE_TYPE) if groups else dict.fromkeys(errors, 1.0)
+        losses = {
+            name: {kind: scale[name] * value for kind, value in row.items()} for name, row in errors.items()
+        }
+        ranked = {name: row[PROBE_TYPE] for name, row in errors.items()}
+        method = "measured damage" if groups else "errors"
+        reason = reason or "torch is not installed, or gradients were not asked for"
+    correlation = rank_correlation(
+        [group.damage for group in groups], [sum(ranked[name] for name in group.tensors) for group in groups]
+    )
+    report = {
+        "method": method,
+        "reason": reason,
+        "predicted_by": "gradients and inputs (KFAC)"
+        if method == "kfac"
+        else "errors weighted by the importance matrix",
+        "rank_correlation": correlation,
+        "measured_groups": len(groups),
+    }
+    return Sensitivity(losses, groups, undone, report)
+
+
+def kept(model: GgufFile, tensor: Tensor) -> NewTensor:
+    """A tensor as it is."""
+    return NewTensor(tensor.name, tensor.type_name, tensor.shape, lambda: bytes(model.blob(tensor)))
+
+
+def _allowed_bytes(params: Mapping[str, Any], shape: ModelShape, header_bytes: int) -> dict[str, int]:
+    """The largest file by each bound. What the engine maps is the tensors, so memory allows the header on top."""
+    without_weights = memory_needed(replace(shape, weights_bytes=0), Serving(**params["serving"])).total_bytes
+    return {
+        "artifact_bytes": int(params["artifact_bytes"]),
+        "ram_bytes": int(params["ram_bytes"]) - without_weights + header_bytes,
+    }
+
+
+def _too_small(
+    params: Mapping[str, Any],
+    allowed: Mapping[str, int],
+    least_bytes: int,
+    fixed_bytes: int,
+    least_of: Mapping[str, int],
+) -> BudgetError:
+    bound = min(allowed, key=lambda name: allowed[name])
+    largest = sorted(least_of, key=lambda name: -least_of[name])[:_SHOWN_TENSORS]
+    tensors = ", ".join(f"{name} {least_of[name] / 1e6:.2f} MB" for name in largest)
+    rest = sum(least_of.values()) - sum(least_of[name] for name in largest)
+    asked = (
+        f"artifact_bytes {params['artifact_bytes']}"
+        if bound == "artifact_bytes"
+        else f"ram_bytes {params['ram_bytes']} leaves {max(allowed[bound], 0)} bytes for the file, so it"
+    )
+    return BudgetError(
+        f"target {params['profile']}: {asked} cannot be met: the smallest possible file has {least_bytes} bytes "
+        f"(at least: {tensors}, {len(least_of) - len(largest)} other matrices {rest / 1e6:.2f} MB, "
+        f"header and vectors {fixed_bytes / 1e6:.2f} MB)",
+        hint=f"set {bound} to at least {params[bound] + least_bytes - allowed[bound]}, or use a smaller base "
+        "(fewer layers, a smaller vocabulary)",
+        smallest_bytes=least_bytes,
+        allowed_bytes=allowed[bound],
+        bound=bound,
+    )
+
+
+def _damage_summary(groups: list[Group]) -> list[dict[str, Any]]:
+    """What was measured, worst first."""
+    return [
+        {"first": g.tensors[0], "count": len(g.tensors), "kld": round(g.damage, 6)}
+        for g in sorted(groups, key=lambda g: -g.damage)
+    ]

@@ -1,0 +1,72 @@
+"""Which rows stand for a matrix, and what the tables together say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slmops.build.steps.calibrate import packed, unpacked
+from slmops.build.steps.choose import sensitivity_of
+from slmops.build.steps.predicted import sampled_rows
+
+
+def test_sampled_rows_estimate_a_heavy_tailed_sum() -> None:
+    """A few rows carry most: they are always in the sample, and the weights make up for the rest."""
+    rng = np.random.default_rng(0)
+    score = rng.gamma(0.3, size=3000)
+    score[[5, 70, 2900]] = 400.0
+    rows, weight = sampled_rows(score, 64)
+    assert len(rows) == len(set(rows.tolist())) == 64
+    assert {5, 70, 2900} <= set(rows.tolist())
+    assert weight.sum() == pytest.approx(3000)
+    assert (score[rows] * weight).sum() == pytest.approx(score.sum(), rel=0.25)
+    every, ones = sampled_rows(score[:10], 64)
+    assert every.tolist() == list(range(10)) and ones.sum() == 10
+
+
+def test_a_triangle_gives_its_matrix_back() -> None:
+    """Packing keeps a symmetric matrix to the bit."""
+    values = np.random.default_rng(1).standard_normal((50, 33)).astype(np.float32)
+    matrix = values.T @ values
+    matrix = np.triu(matrix) + np.triu(matrix, 1).T
+    np.testing.assert_array_equal(unpacked(packed(matrix)), matrix)
+
+
+def tables(*, available: bool) -> dict[str, Any]:
+    names = [f"blk.{i}.ffn_up.weight" for i in range(4)]
+    errors = {
+        name: {"error": {"Q4_0": 0.01 * (i + 1), "Q8_0": 0.0001}, "swallowed": {}, "change": 0.0}
+        for i, name in enumerate(names)
+    }
+    damage = {
+        "groups": [{"tensors": [name], "damage": 0.1 * (4 - i)} for i, name in enumerate(names)],
+        "undone": 0.0,
+    }
+    predicted = {
+        "available": available,
+        "reason": "" if available else "architecture is not llama",
+        "kld": {name: {"Q4_0": 0.03 * (4 - i), "Q8_0": 0.0} for i, name in enumerate(names)}
+        if available
+        else {},
+        "probe": {name: 0.1 * (4 - i) for i, name in enumerate(names)} if available else {},
+    }
+    return {"errors": errors, "damage-1": damage, "predictions-1": predicted}
+
+
+def test_predictions_are_used_where_there_are_some() -> None:
+    """With gradients the losses are theirs; the evidence says how well they rank what was measured."""
+    found = sensitivity_of(tables(available=True))
+    assert found.losses["blk.0.ffn_up.weight"]["Q4_0"] == pytest.approx(0.12)
+    assert found.report["method"] == "kfac"
+    assert found.report["rank_correlation"] == pytest.approx(1.0)
+
+
+def test_without_them_measured_damage_is_used_and_the_reason_told() -> None:
+    """An architecture that torch cannot read falls back, by name; plain errors rank these groups backwards."""
+    found = sensitivity_of(tables(available=False))
+    assert found.losses["blk.0.ffn_up.weight"]["Q4_0"] == pytest.approx(0.4)
+    assert found.report["method"] == "measured damage"
+    assert found.report["reason"] == "architecture is not llama"
+    assert found.report["rank_correlation"] == pytest.approx(-1.0)
