@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import yaml
 from tests.support.control_plane import running_plane
-from tests.support.tiny_project import make_tiny_project
+from tests.support.tiny_project import SMALL_EVALUATION, make_tiny_project
 
 from slmops.artifact.chunkmap import decode_chunk_map
 from slmops.artifact.digest import sha256_hex
@@ -28,6 +30,7 @@ from slmops.core.errors import (
     ConflictError,
     DigestError,
     DocumentError,
+    LeakageError,
     NoSpaceError,
     NotFoundError,
 )
@@ -243,6 +246,95 @@ def test_a_memory_budget_bounds_the_file_too(built: Built, tmp_path: Path) -> No
     with pytest.raises(BudgetError, match="ram_bytes 20000000 leaves 0 bytes") as caught:
         built.again(tmp_path / "small", built.changed_recipe("ram.yaml", targets=asked))
     assert caught.value.fields["bound"] == "ram_bytes"
+
+
+def evidence_of(folder: Path) -> Any:
+    return json.loads((folder / "evidence.json").read_bytes())
+
+
+def test_evidence_names_its_evaluation_set_and_its_warnings(built: Built) -> None:
+    """Digest, items in order, bounds of each estimated figure, and a light for each label-free signal."""
+    evidence = evidence_of(built.out)
+    frozen = evidence["evaluation_set"]
+    assert frozen["sha256"] == sha256_hex(built.recipe.with_name("eval.jsonl").read_bytes())
+    assert len(frozen["items"]) == 4
+    assert built.result.build.evaluation_set["items_sha256"] == frozen["items_sha256"]
+    assert evidence["seen_before"] == {"reason": None, "overlaps": []}
+    for variant in evidence["variants"]:
+        estimates = variant["figures"]["estimates"]
+        assert {"kld_mean", "kld_p99", "same_top_ratio", "flips_ratio", "perplexity"} <= set(estimates)
+        assert estimates["kld_mean"]["low"] < variant["figures"]["kld_mean"]
+        assert {w["signal"] for w in variant["warnings"]} == {
+            "kld_mean",
+            "kld_p99",
+            "flips_ratio",
+            "top_flips_ratio",
+        }
+    assert describe(built.result.build)["warnings"]
+
+
+def test_builds_on_different_evaluation_sets_are_not_compared(built: Built, tmp_path: Path) -> None:
+    """Another item, or another order: figures and gates are left out of the difference, and it says why."""
+    changed = built.recipe.with_name("eval-2.jsonl")
+    lines = built.recipe.with_name("eval.jsonl").read_text().replace("turn on light 11", "turn on light 99")
+    changed.write_text(lines)
+    task = yaml.safe_load(built.recipe.read_text())["task"] | {"eval": "eval-2.jsonl"}
+    other = built.again(tmp_path / "other", built.changed_recipe("eval-2.yaml", task=task))
+    found = diff(built.result.build, other.build)
+    assert "different evaluation sets (sha256" in found["not_comparable"]
+    assert not any(name.startswith("scores.") for name in found)
+    figures = {name for change in found.get("variants", {}).values() for name in change}
+    assert not figures & {"kld_mean", "perplexity", "same_top_ratio"} and not any(
+        "gate" in name for name in figures
+    )
+    reordered = built.changed_recipe("seed.yaml", evaluation={**SMALL_EVALUATION, "seed": 8})
+    assert (
+        "items_sha256"
+        in diff(built.result.build, built.again(tmp_path / "seed", reordered).build)["not_comparable"]
+    )
+
+
+def test_what_was_trained_on_is_not_evaluated(built: Built, tmp_path: Path) -> None:
+    """Refused by name before any step runs; with a reason it is built, and the evidence shows reason and lines."""
+    task = yaml.safe_load(built.recipe.read_text())["task"]
+    built.recipe.with_name("train.jsonl").write_text(
+        json.dumps(
+            {"id": "t-1", "messages": [{"role": "user", "content": "Turn on: light 3"}], "answer": "{}"}
+        )
+        + "\n"
+    )
+    trained = task | {"train": "train.jsonl"}
+    with pytest.raises(LeakageError, match=r"1 of 12 evaluation items .*item-3 is t-1 of train \(prompt\)"):
+        run_build(
+            built.changed_recipe("leak.yaml", task=trained),
+            tmp_path / "out",
+            cache_dir=tmp_path / "cache",
+            workers=0,
+        )
+    assert not (tmp_path / "cache").exists()
+    allowed = trained | {"allow_overlap": {"reason": "there are twelve lines in the world"}}
+    built.again(tmp_path / "out", built.changed_recipe("leak-2.yaml", task=allowed))
+    seen = evidence_of(tmp_path / "out")["seen_before"]
+    assert seen["reason"] == "there are twelve lines in the world"
+    assert [(o["item"], o["seen"], o["how"]) for o in seen["overlaps"]] == [("item-3", "t-1", "prompt")]
+
+
+def test_a_file_that_is_changed_after_quantising_is_not_shipped(built: Built, tmp_path: Path) -> None:
+    """A byte flipped in the cache, its time put back: the next step that measures it finds out, and nothing is written."""
+    cache = tmp_path / "cache"
+    shutil.copytree(built.cache, cache)
+    variant = built.result.build.variants[0].model
+    stored = cache / "objects" / variant.sha256[:2] / variant.sha256
+    before = stored.stat()
+    content = bytearray(stored.read_bytes())
+    content[-100] ^= 1
+    stored.chmod(0o644)
+    stored.write_bytes(content)
+    os.utime(stored, ns=(before.st_atime_ns, before.st_mtime_ns))
+    longer = built.changed_recipe("longer.yaml", evaluation={**SMALL_EVALUATION, "task_items": 5})
+    with pytest.raises(DigestError, match="answers measured a file with sha256"):
+        run_build(longer, tmp_path / "out", cache_dir=cache, workers=0)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_model_fails_the_committed_pack(built: Built, tmp_path: Path) -> None:

@@ -12,19 +12,39 @@ from typing import Any
 from slmops.core.errors import DocumentError
 
 Message = dict[str, str]
+_OWN_FIELDS = ("id", "messages", "answer")
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One conversation with its expected answer; ``answer`` is empty when there is none."""
+    """One conversation with its expected answer; ``answer`` is empty when there is none.
+
+    Attributes:
+        group: what it was made from together with others (a template); None: it stands alone.
+        fields: the line's further plain values, as text, by name.
+    """
 
     id: str
     messages: tuple[Message, ...]
     answer: str
+    group: str | None = None
+    fields: tuple[tuple[str, str], ...] = ()
+
+    def field(self, name: str) -> str | None:
+        """A field of the line, or of its JSON answer (``answer.intent``); None where there is none."""
+        if not name.startswith("answer."):
+            return dict(self.fields).get(name)
+        try:
+            value = json.loads(self.answer)
+            for part in name.split(".")[1:]:
+                value = value[part]
+        except (ValueError, KeyError, TypeError):
+            return None
+        return str(value) if isinstance(value, (str, int, float, bool)) else None
 
 
 def read_items(path: Path) -> list[Item]:
-    """Read JSON lines with ``messages`` and ``answer`` (and maybe ``id``).
+    """Read JSON lines with ``messages`` and ``answer`` (and maybe ``id``, ``group`` or ``template``, and further fields).
 
     Raises:
         DocumentError: a line is malformed; names file and line. Or the file is empty.
@@ -44,7 +64,17 @@ def read_items(path: Path) -> list[Item]:
                 f"{path}:{number}: expected a JSON object with messages and answer: {error}",
                 hint='one object a line: {"messages": [{"role": "user", "content": "..."}], "answer": "..."}',
             ) from error
-        items.append(Item(str(value.get("id", f"line-{number}")), messages, answer))
+        group = value.get("group", value.get("template"))
+        plain = {k: v for k, v in value.items() if k not in _OWN_FIELDS and isinstance(v, (str, int, float))}
+        items.append(
+            Item(
+                str(value.get("id", f"line-{number}")),
+                messages,
+                answer,
+                None if group is None else str(group),
+                tuple(sorted((k, str(v)) for k, v in plain.items())),
+            )
+        )
     if not items:
         raise DocumentError(
             f"{path}: has no items", hint="give at least some 20 items; 100 make gates worth something"

@@ -49,6 +49,21 @@ class GateFinding(msgspec.Struct, frozen=True):
     needed: int = 0
 
 
+class EarlyWarning(msgspec.Struct, frozen=True):
+    """A label-free figure with its traffic light (green, amber, red); it stops nothing.
+
+    Attributes:
+        sure: the figure's whole interval is on this side of the thresholds.
+    """
+
+    signal: str
+    value: float
+    light: str
+    sure: bool
+    amber_from: float
+    red_from: float
+
+
 class BuiltVariant(msgspec.Struct, frozen=True):
     """One variant; the fields mean what they mean in ``artifact.manifest.Variant``."""
 
@@ -63,6 +78,7 @@ class BuiltVariant(msgspec.Struct, frozen=True):
     quantised: dict[str, int]
     predicted_decode_tps: float | None
     findings: tuple[GateFinding, ...]
+    warnings: tuple[EarlyWarning, ...] = ()
 
 
 class BuiltBase(msgspec.Struct, frozen=True):
@@ -89,6 +105,8 @@ class Build(msgspec.Struct, frozen=True):
         scores: task figures of ``base`` (before) and ``reference`` (after the steps, unquantised).
         prompts: files by prompt name.
         fast: the evaluation was cut down.
+        evaluation_set: digests of the evaluation set, of the items asked and of the held-out text: figures of two builds
+            compare only where all are equal.
         folder: where it was loaded from; not part of the document.
     """
 
@@ -106,6 +124,7 @@ class Build(msgspec.Struct, frozen=True):
     provenance: BuiltFile
     prompts: dict[str, BuiltFile]
     steps: tuple[StepRecord, ...]
+    evaluation_set: dict[str, str] = {}
 
     def files(self) -> list[BuiltFile]:
         """Every file that the index names."""
@@ -238,6 +257,12 @@ def describe(build: Build) -> dict[str, Any]:
             for v in build.variants
             for finding in v.findings
         ],
+        "warnings": [
+            {"profile": v.profile, **msgspec.to_builtins(warning)}
+            for v in build.variants
+            for warning in v.warnings
+        ],
+        "evaluation_set": build.evaluation_set,
         "golden_prompts": build.golden_pack.sha256,
         "steps": msgspec.to_builtins(build.steps),
     }
@@ -246,15 +271,27 @@ def describe(build: Build) -> dict[str, Any]:
 def diff(old: Build, new: Build) -> dict[str, Any]:
     """What differs between two builds, as plain JSON values; what is equal is left out.
 
-    Numbers are given as ``{"old", "new", "change"}``; a variant that only one of them has as ``added`` or ``removed``.
+    Numbers are given as ``{"old", "new", "change"}``; a variant that only one of them has as ``added`` or ``removed``. Figures
+    of different evaluation sets are not compared: ``not_comparable`` says why, and scores, likelihoods and gates are left out.
     """
     result: dict[str, Any] = {}
+    comparable = old.evaluation_set == new.evaluation_set
+    if not comparable:
+        differing = sorted(
+            name
+            for name in {*old.evaluation_set, *new.evaluation_set}
+            if old.evaluation_set.get(name) != new.evaluation_set.get(name)
+        )
+        result["not_comparable"] = (
+            f"the builds were measured on different evaluation sets ({', '.join(differing)}): their scores, likelihoods and "
+            "gates say nothing about each other; build the old recipe again on the new set"
+        )
     for name in ("model", "recipe_sha256", "licence", "reference_sha256", "fast"):
         _note(result, name, getattr(old, name), getattr(new, name))
     _note(result, "base", msgspec.to_builtins(old.base), msgspec.to_builtins(new.base))
     for name in ("golden_pack", "provenance"):
         _note(result, name, getattr(old, name).sha256, getattr(new, name).sha256)
-    for group in sorted({*old.scores, *new.scores}):
+    for group in sorted({*old.scores, *new.scores}) if comparable else ():
         before, after = old.scores.get(group, {}), new.scores.get(group, {})
         for metric in sorted({*before, *after}):
             _note(result, f"scores.{group}.{metric}", before.get(metric), after.get(metric))
@@ -263,23 +300,35 @@ def diff(old: Build, new: Build) -> dict[str, Any]:
     for profile in sorted({*olds, *news}):
         if profile not in olds or profile not in news:
             variants[profile] = "added" if profile in news else "removed"
-        elif changed := _variant_diff(olds[profile], news[profile]):
+        elif changed := _variant_diff(olds[profile], news[profile], comparable):
             variants[profile] = changed
     if variants:
         result["variants"] = variants
     return result
 
 
-def _variant_diff(old: BuiltVariant, new: BuiltVariant) -> dict[str, Any]:
+#: figures that the evaluation set decides
+_OF_THE_SET = (
+    "kld_mean",
+    "same_top_ratio",
+    "perplexity",
+    "exact_match_ratio",
+    "schema_valid_ratio",
+    "schema_valid_constrained_ratio",
+)
+
+
+def _variant_diff(old: BuiltVariant, new: BuiltVariant, comparable: bool) -> dict[str, Any]:
     changed: dict[str, Any] = {}
     _note(changed, "sha256", old.model.sha256, new.model.sha256)
     _note(changed, "artifact_bytes", old.model.bytes, new.model.bytes)
     for name in old.measured.__struct_fields__:
-        _note(changed, name, getattr(old.measured, name), getattr(new.measured, name))
+        if comparable or name not in _OF_THE_SET:
+            _note(changed, name, getattr(old.measured, name), getattr(new.measured, name))
     for name in sorted({*old.quantised, *new.quantised}):
         _note(changed, f"tensors in {name}", old.quantised.get(name, 0), new.quantised.get(name, 0))
     verdicts_old, verdicts_new = _verdicts(old.findings), _verdicts(new.findings)
-    for gate in sorted({*verdicts_old, *verdicts_new}):
+    for gate in sorted({*verdicts_old, *verdicts_new}) if comparable else ():
         _note(changed, f"gate {gate}", verdicts_old.get(gate), verdicts_new.get(gate))
     return changed
 

@@ -379,6 +379,7 @@ def _measure_steps(
     kept: dict[str, Output | SourceFile] = {
         "ids": Output(DISTRIBUTIONS, "ids.npy"),
         "logprobs": Output(DISTRIBUTIONS, "logprobs.npy"),
+        "mass": Output(DISTRIBUTIONS, "tail-mass.npy"),
     }
     return [
         _answers_step(read, of_target("answers", target), variant, evaluation),
@@ -386,6 +387,7 @@ def _measure_steps(
             of_target("likelihood", target),
             "slmops.build.steps.divergence:compare",
             {"model": variant, "text": text, **kept},
+            {"runtime": target.runtime},
         ),
         Step(
             of_target("golden scores", target),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ import msgspec
 from slmops.artifact.digest import canonical_json, digest_of, sha256_hex
 from slmops.artifact.manifest import Measured, RuntimeNeed
 from slmops.build.cache import Cache, StepResult
+from slmops.build.conversations import Item, read_items
 from slmops.build.directory import (
     Build,
     BuiltBase,
     BuiltFile,
     BuiltVariant,
+    EarlyWarning,
     GateFinding,
     StepRecord,
     encode_index,
@@ -25,6 +27,7 @@ from slmops.build.directory import (
 )
 from slmops.build.events import Progress
 from slmops.build.graph import SourceFile, Step
+from slmops.build.overlap import Overlap, check_never_seen, frozen_set
 from slmops.build.plan import (
     ASKED_BASE,
     ASKED_REFERENCE,
@@ -40,7 +43,8 @@ from slmops.build.plan import (
     serving_of,
 )
 from slmops.build.runner import run_steps
-from slmops.build.verdicts import judge
+from slmops.build.shipped import MEASURING, check_shipped
+from slmops.build.verdicts import flips_estimate, judge, warnings_of
 from slmops.core.device.fit import ModelShape, Serving, effective_bandwidth, predict_decode_tps
 from slmops.core.evidence.gates import Finding, Verdict, combine
 from slmops.protocol.documents.recipe import Evaluation, Target
@@ -101,12 +105,14 @@ def run_build(  # noqa: PLR0913 - each is an option of the command line
     began_s = time.monotonic()
     read = read_recipe(recipe_path)
     asked = evaluation or read.recipe.evaluation
+    allowed = read.recipe.task.allow_overlap
+    seen = check_never_seen(read.sources, allowed.reason if allowed else None)
     plan = make_plan(
         read, only=tuple(targets) if targets is not None else None, evaluation=asked.fast() if fast else asked
     )
     cache = Cache(cache_dir)
     finished = run_steps(plan.steps, cache, progress=progress, workers=workers)
-    build, fill = _assemble(read, plan, finished.results, cache, fast=fast)
+    build, fill = _assemble(read, plan, finished.results, cache, seen=seen, fast=fast)
     changed = place(out_dir, fill, encode_index(build))
     findings = [
         Finding(f.gate, Verdict(f.verdict), f.reason, f.needed) for v in build.variants for f in v.findings
@@ -124,7 +130,13 @@ def run_build(  # noqa: PLR0913 - each is an option of the command line
 
 
 def _assemble(
-    read: ReadRecipe, plan: Plan, results: Mapping[str, StepResult], cache: Cache, *, fast: bool
+    read: ReadRecipe,
+    plan: Plan,
+    results: Mapping[str, StepResult],
+    cache: Cache,
+    *,
+    seen: Sequence[Overlap],
+    fast: bool,
 ) -> tuple[Build, dict[str, Path | bytes]]:
     """The index, and what each file of the directory is filled with."""
     recipe, facts = read.recipe, results[BASE].value
@@ -140,11 +152,17 @@ def _assemble(
         return BuiltFile(path, len(content), sha256_hex(content))
 
     variants = []
+    items = {item.id: item for item in read_items(read.sources["eval"].path)}
     for target in plan.targets:
         folder = f"variants/{target.profile}"
-        figures = _figures(read, target, results)
+        check_shipped(
+            results[of_target("quantise", target)].files["model.gguf"].sha256,
+            {kind: results[of_target(kind, target)].value for kind in MEASURING},
+            target.profile,
+        )
+        figures = _figures(read, target, results, items)
         answers = results[of_target("answers", target)].value
-        findings = judge(recipe.gates, target, figures, answers, results[ASKED_REFERENCE].value)
+        findings = judge(recipe.gates, target, figures, answers, results[ASKED_REFERENCE].value, items)
         quantised = results[of_target("quantise", target)].value
         variants.append(
             BuiltVariant(
@@ -165,6 +183,9 @@ def _assemble(
                 quantised=quantised["quantised"],
                 predicted_decode_tps=figures["predicted_decode_tps"],
                 findings=tuple(GateFinding(f.gate, f.verdict.value, f.reason, f.needed) for f in findings),
+                warnings=tuple(
+                    EarlyWarning(**warning) for warning in warnings_of(figures, plan.evaluation.warnings)
+                ),
             )
         )
     reference_sha256 = results[plan.reference.step].files[plan.reference.file].sha256
@@ -183,7 +204,15 @@ def _assemble(
             "prompts/default", read.sources["system_prompt"].path.read_text(encoding="utf-8").strip().encode()
         )
     base = BuiltBase(facts["name"], base_sha256, licence)
+    frozen = frozen_set(
+        read.sources["eval"].path, plan.evaluation.seed, results[ASKED_REFERENCE].value["free"]["items"]
+    )
     evidence = _evidence(read, plan, results, variants, scores, fast=fast)
+    evidence["evaluation_set"] = frozen
+    evidence["seen_before"] = {
+        "reason": recipe.task.allow_overlap.reason if recipe.task.allow_overlap else None,
+        "overlaps": [asdict(overlap) for overlap in seen],
+    }
     build = Build(
         schema=SCHEMA,
         model=recipe.metadata.name,
@@ -203,6 +232,11 @@ def _assemble(
         steps=tuple(
             StepRecord(step.name, results[step.name].key, results[step.name].seconds) for step in plan.steps
         ),
+        evaluation_set={
+            "sha256": frozen["sha256"],
+            "items_sha256": frozen["items_sha256"],
+            "text_sha256": results[DISTRIBUTIONS].value["text_sha256"],
+        },
     )
     return build, fill
 
@@ -224,7 +258,9 @@ def _rate(outcomes: Sequence[bool]) -> float | None:
     return sum(outcomes) / len(outcomes) if outcomes else None
 
 
-def _figures(read: ReadRecipe, target: Target, results: Mapping[str, StepResult]) -> dict[str, Any]:
+def _figures(
+    read: ReadRecipe, target: Target, results: Mapping[str, StepResult], items: Mapping[str, Item]
+) -> dict[str, Any]:
     """Everything that was measured or predicted of one variant, by name."""
     quantised = results[of_target("quantise", target)].value
     speed = results[of_target("speed", target)].value
@@ -233,9 +269,15 @@ def _figures(read: ReadRecipe, target: Target, results: Mapping[str, StepResult]
     predicted = predict_decode_tps(
         ModelShape(**quantised["shape"]), serving, effective_bandwidth(None, profile)
     )
+    likelihood = results[of_target("likelihood", target)].value
+    answers = results[of_target("answers", target)].value
+    flips = flips_estimate(answers, results[ASKED_REFERENCE].value, items)
+    estimates = likelihood["estimates"] | ({"flips_ratio": flips.document()} if flips else {})
     return {
-        **results[of_target("likelihood", target)].value,
-        **task_figures(results[of_target("answers", target)].value),
+        **likelihood,
+        "estimates": estimates,
+        "flips_ratio": flips.value if flips else None,
+        **task_figures(answers),
         **{
             name: speed[name]
             for name in (
@@ -263,6 +305,7 @@ def _evidence(
     fast: bool,
 ) -> dict[str, Any]:
     rows = []
+    items = {item.id: item for item in read_items(read.sources["eval"].path)}
     for target, variant in zip(plan.targets, variants, strict=True):
         choice = results[of_target("choose", target)].value
         rows.append(
@@ -276,7 +319,7 @@ def _evidence(
                     "bound": choice["bound"],
                     "smallest_bytes": choice["smallest_bytes"],
                 },
-                "figures": _figures(read, target, results),
+                "figures": _figures(read, target, results, items),
                 "expected_kld": choice["expected_kld"],
                 "verified": _verified(results, target),
                 "ways": results[of_target("quantise", target)].value["ways"],
@@ -284,6 +327,7 @@ def _evidence(
                 "fallbacks": results[of_target("quantise", target)].value["fallbacks"],
                 "golden": results[of_target("expectations", target)].value,
                 "gates": msgspec.to_builtins(variant.findings),
+                "warnings": msgspec.to_builtins(variant.warnings),
                 "measured_on": "the build machine, one thread",
                 "predicted": ["predicted_decode_tps"],
             }

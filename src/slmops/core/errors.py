@@ -10,6 +10,7 @@
     │   ├── IllegalTransitionError  a state machine was asked for a step that its table does not have (http
     409) │   ├── BaseModelError          truncated, not a GGUF, wrong architecture
     │   ├── BudgetError             no quantisation meets the budget; names the tensors that bound it
+    │   ├── LeakageError            evaluation items were trained or calibrated on; names the lines
     │   └── VersionMismatchError    the other side speaks another protocol version
     ├── AuthError           exit 4  who is asking (http 401 or 403)
     │   ├── TokenError              expired, reused or unknown token
@@ -123,6 +124,13 @@ class BudgetError(UsageError):
     """No choice of tensor types meets the byte or memory budget."""
 
     code = "usage.budget"
+
+
+class LeakageError(UsageError):
+    """Evaluation items occur in the training or calibration lines."""
+
+    code = "usage.leakage"
+    http_status = 422
 
 
 class VersionMismatchError(UsageError):

@@ -26,11 +26,15 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from slmops.core.errors import RuntimeLoadError
 from slmops.runtimes import limits as engine_limits
 from slmops.runtimes.ports import Capabilities, EngineLimits, EngineSpec
 from slmops.runtimes.process import EngineProcess
+
+if TYPE_CHECKING:
+    from slmops.runtimes.logit_source import LogitSource
 
 FAKE_RUNTIME = "slmops.testing.engine:FakeRuntime"
 CHILD_MODULE = "slmops.testing.engine_child"
@@ -83,6 +87,14 @@ class FakeRuntime:
         return EngineProcess.spawn(
             CHILD_MODULE, spec, workdir, applied, environment=environment, extra={"runtime_version": VERSION}
         )
+
+    def open_logits(
+        self, path: Path, *, context_tokens: int, threads: int = 1, kv_cache: str = "f16"
+    ) -> LogitSource:
+        """Full logits of a scripted model; threads and KV cache change nothing."""
+        from slmops.testing.logits import FakeLogits  # noqa: PLC0415 - needs numpy
+
+        return FakeLogits(path, context_tokens=context_tokens)
 
 
 def write_fake_model(  # noqa: PLR0913 - a script is a list of settings

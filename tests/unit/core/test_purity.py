@@ -17,6 +17,7 @@ PURE = {
     "dataclasses",
     "datetime",
     "enum",
+    "functools",
     "hashlib",
     "heapq",
     "hmac",

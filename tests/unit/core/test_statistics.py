@@ -15,7 +15,6 @@ from slmops.core.evidence.statistics import (
     PairedCounts,
     binomial_cdf,
     failure_e_value,
-    items_needed,
     lower_bound,
     median,
     median_bounds,
@@ -225,17 +224,6 @@ def test_counts_of_two_lists() -> None:
     assert paired_drop_bounds(PairedCounts(0, 0, 0, 0)) == (-1.0, 1.0)
     with pytest.raises(ValueError, match=r"longer|shorter"):
         PairedCounts.of([True], [])
-
-
-def test_items_needed_would_settle_it() -> None:
-    """With half more than the announced items and unchanged rates the bound does fall below the margin."""
-    counts = PairedCounts(95, 3, 2, 0)
-    more = items_needed(counts, 0.05)
-    scale = (counts.n + more) / counts.n
-    grown = PairedCounts(*(round(cell * scale * 1.5) for cell in (95, 3, 2, 0)))
-    assert paired_drop_bounds(counts)[1] > 0.05 > paired_drop_bounds(grown)[1]
-    assert items_needed(PairedCounts(0, 0, 0, 0), 0.02) == 1
-    assert items_needed(PairedCounts(98, 2, 0, 0), 0.02) == 0
 
 
 # ---- medians ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ from typing import Any
 import httpx
 import jsonschema
 
-from slmops.build.conversations import Item, read_items, same_answer, shuffled
+from slmops.artifact.digest import sha256_hex
+from slmops.build.conversations import Item, canonical_answer, read_items, same_answer, shuffled
+from slmops.build.files import sha256_of_file
 from slmops.build.graph import StepContext
 from slmops.core.errors import BuildError
 from slmops.runtimes import EngineSpec, open_engine
@@ -26,7 +28,8 @@ def ask(context: StepContext) -> dict[str, Any]:
 
     Files in: ``model``, ``eval``, maybe ``schema``; values in: ``text`` (for ``answer_tokens``); out: ``answers.jsonl``. Params:
     ``task_items`` (0: all), ``constrained_items``, ``seed``. Value: ``free`` and ``constrained``, each with ``items`` (ids),
-    ``exact`` and ``valid`` (booleans in that order), and the texts of free answers stay in the file.
+    ``exact`` and ``valid`` (booleans in that order) and ``said`` (a short digest of each answer, to see which flipped); the texts
+    of free answers stay in the file. ``model_sha256``: of the file that answered, hashed after it did.
 
     Raises:
         BuildError: the engine refused a request.
@@ -79,7 +82,11 @@ async def _ask_all(
         for item, got in zip(items, free, strict=True)
     ]
     (context.out / "answers.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return {"free": judged(items, free, schema), "constrained": judged(constrained, held, schema)}
+    return {
+        "free": judged(items, free, schema),
+        "constrained": judged(constrained, held, schema),
+        "model_sha256": sha256_of_file(context.files["model"]),
+    }
 
 
 async def _request(client: httpx.AsyncClient, item: Item, tokens: int, held_to: dict[str, Any] | None) -> str:
@@ -105,6 +112,7 @@ def judged(items: Sequence[Item], answers: Sequence[str], schema: dict[str, Any]
         "items": [item.id for item in items],
         "exact": [same_answer(got, item.answer) for item, got in zip(items, answers, strict=True)],
         "valid": [_is_valid(got, validator) for got in answers],
+        "said": [sha256_hex((canonical_answer(got) or got.strip()).encode())[:16] for got in answers],
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from slmops.build.files import sha256_of_file
 from slmops.build.gguf_file import open_gguf
 from slmops.build.graph import StepContext
 from slmops.core.device.fit import Serving, memory_needed
@@ -58,4 +59,5 @@ def measure(context: StepContext) -> dict[str, Any]:
         "prompt_tokens": result.prompt_tokens,
         "decode_tokens": result.decode_tokens,
         "predicted_rss_bytes": predicted.total_bytes,
+        "model_sha256": sha256_of_file(context.files["model"]),
     }

@@ -22,8 +22,8 @@ def render(context: StepContext) -> dict[str, Any]:
     """Render calibration text and held-out conversations.
 
     Files in: ``model``, ``eval``, ``calibration``, maybe ``system_prompt``; out: ``calibration.json`` (lists of token ids) and
-    ``held-out.json`` (``id``, ``token_ids``, ``start``: the first position that is scored; what all conversations begin with
-    is not scored again and again): two files, so that more evaluation does not mean another search. Params:
+    ``held-out.json`` (``id``, ``group``, ``token_ids``, ``start``: the first position that is scored; what all conversations
+    begin with is not scored again and again): two files, so that more evaluation does not mean another search. Params:
     ``calibration_tokens``, ``text_tokens``, ``task_items``, ``seed``. Value: counts, and ``answer_tokens``: what an answer
     may need.
     """
@@ -54,7 +54,11 @@ async def _render(context: StepContext) -> dict[str, Any]:
             "the chat template renders nothing",
             hint="the base needs a chat template (tokenizer.chat_template)",
         )
-    held = [{"id": name, "token_ids": token_ids, "start": max(start, 1)} for name, token_ids in held_out]
+    groups = {item.id: item.group for item in items}
+    held = [
+        {"id": name, "group": groups[name], "token_ids": token_ids, "start": max(start, 1)}
+        for name, token_ids in held_out
+    ]
     for name, document in (
         ("calibration.json", [token_ids for _, token_ids in known]),
         ("held-out.json", held),

@@ -163,6 +163,7 @@ _COLOURS = {
     Verdict.ERROR.value: "red",
     Verdict.INCONCLUSIVE.value: "yellow",
 }
+_LIGHTS = {"amber": "yellow", "red": "red"}
 
 
 def _print_build(described: dict[str, Any]) -> None:
@@ -170,6 +171,14 @@ def _print_build(described: dict[str, Any]) -> None:
     for gate in described["gates"]:
         click.secho(f"{gate['verdict']:<12} ", fg=_COLOURS.get(gate["verdict"]), nl=False)
         click.echo(f"{gate.get('profile', '')} {gate['gate']}: {gate['reason']}".strip())
+    for warning in described["warnings"]:
+        if warning["light"] != "green":
+            click.secho(f"{'warning':<12} ", fg=_LIGHTS[warning["light"]], nl=False)
+            sure = "" if warning["sure"] else ", not surely"
+            click.echo(
+                f"{warning['profile']} {warning['signal']}: {warning['value']:.4g} is {warning['light']}{sure} "
+                f"(amber from {warning['amber_from']:g}, red from {warning['red_from']:g}); it stops nothing by itself"
+            )
 
 
 def print_variants(variants: list[dict[str, Any]]) -> None:

@@ -3,6 +3,11 @@
 ``pass`` · ``fail`` · ``inconclusive`` (not enough evidence: says how much more) · ``error`` (the gate itself
 broke). A gate never passes on missing evidence. Thresholds are checked when the gate is made, not when it is
 asked.
+
+A build asks many questions of one variant: metrics, and slices of its items. They are decided together
+(:func:`decide`): a refusal by any of them refuses the variant, so the chance of a false one is shared (Holm);
+acceptance needs every one of them, so a variant that is worse in any passes with the chance of a single test
+(intersection-union, Berger 1982, Technometrics 24), and more questions make it no easier.
 """
 
 from __future__ import annotations
@@ -14,13 +19,14 @@ from enum import Enum
 from typing import Literal
 
 from slmops.core.errors import UsageError
+from slmops.core.evidence.estimates import Estimate
+from slmops.core.evidence.paired import ClusteredCounts, items_still_needed, paired_test
 from slmops.core.evidence.statistics import (
     PairedCounts,
     failure_e_value,
-    items_needed,
+    holm_adjusted,
     median,
     median_bounds,
-    paired_drop_bounds,
     upper_bound,
 )
 
@@ -59,6 +65,63 @@ def combine(findings: Sequence[Finding]) -> Verdict:
     if not findings:
         return Verdict.INCONCLUSIVE
     return max((finding.verdict for finding in findings), key=_SEVERITY.index)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A statistical question before it is decided together with the others of its family.
+
+    Attributes:
+        gate: name of the question.
+        accept_p: p-value of "it does not hold": small speaks for a pass.
+        refuse_p: p-value of "it holds": small speaks for a fail.
+        confidence: one-sided.
+        text: the numbers.
+        needed: further observations that would settle it; 0 when none would.
+        unit: what ``needed`` counts.
+        stop: a reason to fail whatever the statistics say (a floor that is missed).
+    """
+
+    gate: str
+    accept_p: float
+    refuse_p: float
+    confidence: float
+    text: str
+    needed: int
+    unit: str = "items"
+    stop: str = ""
+
+
+def decide(claims: Sequence[Claim | Finding]) -> list[Finding]:
+    """Decide a family of questions about one variant, in the given order; findings are settled already and stay.
+
+    Refusals err together with at most 1 - confidence (Holm); each acceptance with at most 1 - confidence.
+    """
+    asked = [claim for claim in claims if isinstance(claim, Claim)]
+    adjusted = iter(holm_adjusted([claim.refuse_p for claim in asked]))
+    return [
+        _decide_one(claim, next(adjusted), len(asked)) if isinstance(claim, Claim) else claim
+        for claim in claims
+    ]
+
+
+def _decide_one(claim: Claim, refuse_p: float, family: int) -> Finding:
+    alpha = 1 - claim.confidence
+    text = claim.text
+    if family > 1:
+        text += f"; one of {family} questions, refused together at {alpha:.2g} (Holm)"
+    if claim.stop:
+        return Finding(claim.gate, Verdict.FAIL, f"{claim.stop}; {text}")
+    if refuse_p <= alpha:
+        return Finding(claim.gate, Verdict.FAIL, text)
+    if claim.accept_p <= alpha:
+        return Finding(claim.gate, Verdict.PASS, text)
+    more = (
+        f"; about {claim.needed} more {claim.unit} would settle it"
+        if claim.needed
+        else f"; more {claim.unit} would not settle it"
+    )
+    return Finding(claim.gate, Verdict.INCONCLUSIVE, text + more, claim.needed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,31 +205,42 @@ class PairedGate:
             )
 
     def judge(self, counts: PairedCounts) -> Finding:
-        """Judge paired outcomes.
+        """Judge paired outcomes alone: pass when the drop is surely below max_drop, fail when it is surely above."""
+        observed = ClusteredCounts(
+            counts,
+            ((1, 1, 0),) * counts.only_old
+            + ((1, 0, 1),) * counts.only_new
+            + ((1, 0, 0),) * (counts.both + counts.neither),
+        )
+        return decide([self.claim(observed)])[0]
 
-        Pass when the upper bound of the drop stays within max_drop, fail when the lower bound exceeds it.
+    def claim(self, observed: ClusteredCounts, name: str | None = None) -> Claim | Finding:
+        """The question, to be decided with others.
+
+        Args:
+            observed: outcomes, with the groups of the items that belong together.
+            name: of the question; None takes the metric's.
         """
+        name, counts = name or self.metric, observed.counts
         if counts.n == 0:
-            return Finding(self.metric, Verdict.INCONCLUSIVE, "no paired items", 1)
-        low, high = paired_drop_bounds(counts, self.confidence)
+            return Finding(name, Verdict.INCONCLUSIVE, "no paired items", 1)
+        test = paired_test(observed, self.max_drop, self.confidence)
         rate = (counts.both + counts.only_new) / counts.n
         text = (
-            f"drop {counts.drop:+.3f} (bounds {low:+.3f} to {high:+.3f} at {self.confidence:.0%}, "
-            f"{counts.n} items), {self.max_drop:g} allowed"
+            f"drop {test.drop:+.3f} (bounds {test.low:+.3f} to {test.high:+.3f} at {self.confidence:.0%}, {test.form}; "
+            f"{counts.n} items, {counts.only_old} lost and {counts.only_new} gained, McNemar p {test.worse_p:.2g}), "
+            f"{self.max_drop:g} allowed"
         )
-        if self.minimum is not None and rate < self.minimum:
-            return Finding(
-                self.metric, Verdict.FAIL, f"rate {rate:.3f} is below the floor {self.minimum:g}; {text}"
-            )
-        if low > self.max_drop:
-            return Finding(self.metric, Verdict.FAIL, text)
-        if high <= self.max_drop:
-            return Finding(self.metric, Verdict.PASS, text)
-        needed = items_needed(counts, self.max_drop, self.confidence)
-        more = (
-            f"; about {needed} more items would settle it" if needed else "; more items would not settle it"
+        below = self.minimum is not None and rate < self.minimum
+        return Claim(
+            name,
+            test.accept_p,
+            test.refuse_p,
+            self.confidence,
+            text,
+            items_still_needed(observed, self.max_drop, self.confidence),
+            stop=f"rate {rate:.3f} is below the floor {self.minimum:g}" if below else "",
         )
-        return Finding(self.metric, Verdict.INCONCLUSIVE, text + more, needed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +284,41 @@ class ThresholdGate:
                 1,
             )
         return Finding(self.metric, verdict, reason)
+
+    def claim(self, estimate: Estimate, confidence: float, unit: str = "texts") -> Claim | Finding:
+        """The question about an estimated figure: judged by its interval, to be decided with others.
+
+        A bound inside the interval is inconclusive: the figure may lie on either side of it.
+
+        Args:
+            estimate: the figure with its uncertainty.
+            confidence: one-sided.
+            unit: what an estimate's clusters are.
+        """
+        if math.isnan(estimate.value):
+            return Finding(self.metric, Verdict.INCONCLUSIVE, "not measured")
+        low, high = estimate.bounds(confidence)
+        above = 0.0 if self.maximum is None else estimate.at_least_p(self.maximum)
+        below = 0.0 if self.minimum is None else estimate.at_most_p(self.minimum)
+        refusals = ([] if self.maximum is None else [estimate.at_most_p(self.maximum)]) + (
+            [] if self.minimum is None else [estimate.at_least_p(self.minimum)]
+        )
+        limits = [limit for limit in (self.maximum, self.minimum) if limit is not None]
+        asked = " and ".join(
+            f"{word} {limit:g}"
+            for word, limit in (("at most", self.maximum), ("at least", self.minimum))
+            if limit is not None
+        )
+        return Claim(
+            self.metric,
+            max(above, below),
+            min(refusals),
+            confidence,
+            f"{estimate.value:.4g} (bounds {low:.4g} to {high:.4g} at {confidence:.0%}, {estimate.clusters} {unit}), "
+            f"{asked} asked",
+            max(estimate.clusters_needed(limit, confidence) for limit in limits),
+            unit,
+        )
 
 
 @dataclass(frozen=True, slots=True)

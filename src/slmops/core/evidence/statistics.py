@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 _LARGEST_LOG = math.log(1e300)
 
@@ -132,53 +133,92 @@ def paired_drop_bounds(counts: PairedCounts, confidence: float = 0.95) -> tuple[
     return _tango_limit(counts, -z), _tango_limit(counts, z)
 
 
+def tango_score(n: float, losses: float, gains: float, delta: float) -> float:
+    """Score of "P(loss) - P(gain) is delta", with the constrained estimate of the flips' probability.
+
+    Negative when fewer were lost than delta says; standard normal for large n. Counts need not be whole (design effects).
+
+    Source: Tango 1998, Statistics in Medicine 17(8), 891-908.
+    """
+    quad_b = -losses - gains + (2 * n - losses + gains) * delta
+    quad_c = -gains * delta * (1 - delta)
+    q21 = (math.sqrt(max(quad_b * quad_b - 8 * n * quad_c, 0.0)) - quad_b) / (4 * n)
+    variance = n * (2 * q21 + delta * (1 - delta))
+    difference = losses - gains - n * delta
+    if variance <= 0:
+        return math.copysign(math.inf, difference) if difference else 0.0
+    return difference / math.sqrt(variance)
+
+
 def _tango_limit(counts: PairedCounts, z: float) -> float:
     """The drop at which Tango's score statistic equals -z (upper limit for z > 0)."""
     n, b, c = counts.n, counts.only_old, counts.only_new
-
-    def statistic(delta: float) -> float:
-        # Score test of H: p_old - p_new = delta, with the constrained estimate of the discordant probability.
-        quad_b = -b - c + (2 * n - b + c) * delta
-        quad_c = -c * delta * (1 - delta)
-        q21 = (math.sqrt(max(quad_b * quad_b - 8 * n * quad_c, 0.0)) - quad_b) / (4 * n)
-        variance = n * (2 * q21 + delta * (1 - delta))
-        difference = b - c - n * delta
-        if variance <= 0:
-            return math.copysign(math.inf, difference) if difference else 0.0
-        return difference / math.sqrt(variance)
-
     low, high = -1.0, 1.0
     for _ in range(60):  # the statistic falls as delta grows
         middle = (low + high) / 2
-        if statistic(middle) > -z:
+        if tango_score(n, b, c, middle) > -z:
             low = middle
         else:
             high = middle
     return (low + high) / 2
 
 
-def items_needed(counts: PairedCounts, max_drop: float, confidence: float = 0.95) -> int:
-    """How many more items would settle a paired comparison if the rates stayed; 0 if none would help.
-
-    Uses the normal approximation of the discordant pairs, so it is a planning figure, not a promise.
-    """
-    if counts.n == 0:
-        return 1
-    margin = max_drop - counts.drop
-    if margin == 0:
-        return 0
-    discordant = max(counts.only_old + counts.only_new, 1) / counts.n
-    needed = math.ceil(
-        (normal_quantile(confidence) ** 2) * max(discordant - counts.drop**2, 1 / counts.n) / margin**2
-    )
-    return max(needed - counts.n, 1)
+_NORMAL = NormalDist()
 
 
 def normal_quantile(p: float) -> float:
     """Inverse of the standard normal distribution function."""
-    from statistics import NormalDist  # noqa: PLC0415 - pure standard library, kept beside its only use
+    return _NORMAL.inv_cdf(p)
 
-    return NormalDist().inv_cdf(p)
+
+def normal_cdf(z: float) -> float:
+    """The standard normal distribution function, also of an infinite score."""
+    return 0.0 if z == -math.inf else 1.0 if z == math.inf else _NORMAL.cdf(z)
+
+
+def student_cdf(t: float, freedom: int) -> float:
+    """Distribution function of Student's t, by the finite sums for whole degrees of freedom.
+
+    Source: Abramowitz and Stegun 1964, 26.7.3 and 26.7.4.
+    """
+    if math.isinf(t):
+        return 0.0 if t < 0 else 1.0
+    angle = math.atan2(t, math.sqrt(freedom))
+    sine, square = math.sin(angle), math.cos(angle) ** 2
+    if freedom % 2:
+        term = total = math.cos(angle) if freedom > 1 else 0.0
+        for k in range(3, freedom - 1, 2):
+            term *= square * (k - 1) / k
+            total += term
+        two_sided = 2 / math.pi * (angle + sine * total)
+    else:
+        term = total = 1.0
+        for k in range(2, freedom - 1, 2):
+            term *= square * (k - 1) / k
+            total += term
+        two_sided = sine * total
+    return (1 + two_sided) / 2
+
+
+def student_quantile(p: float, freedom: int) -> float:
+    """Inverse of :func:`student_cdf`, by bisection."""
+    low, high = -1e4, 1e4
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_cdf(middle, freedom) < p else (low, middle)
+    return (low + high) / 2
+
+
+def holm_adjusted(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values, in the given order: rejecting those at most alpha errs anywhere with chance alpha at most.
+
+    Source: Holm 1979, Scandinavian Journal of Statistics 6(2).
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
 
 
 def median(values: Sequence[float]) -> float:

@@ -40,16 +40,31 @@ class BaseModelSource(Section):
         return self
 
 
+class AllowedOverlap(Section):
+    """Evaluate on what the model may have been trained or calibrated on: only with a reason, which is recorded in the evidence.
+
+    Attributes:
+        reason: why the figures still mean something.
+    """
+
+    reason: str = Field(min_length=10)
+
+
 class ModelTask(Section):
     """What the model is for, and how that is measured.
 
+    Evaluation items must not occur in ``train`` or ``calibration``: not word for word, not with other case or punctuation, and
+    not from the same group or template. A build refuses such lines by name.
+
     Attributes:
         kind: ``extraction``: one JSON answer for one message.
-        train, eval: JSON lines with ``messages`` and ``answer``.
+        train, eval: JSON lines with ``messages`` and ``answer``. ``group`` (or ``template``) names what items were made from
+            together: it is then the unit of every statistic. Further fields may be used by ``slices``.
         calibration: text, a sentence a line, each optionally followed by its answer as a JSON object; or JSON
             lines as ``eval``.
         answer_schema: JSON Schema of an answer, for validity and constrained decoding.
         system_prompt: text file that becomes the release's prompt ``default``.
+        allow_overlap: evaluate on training or calibration lines all the same.
     """
 
     kind: Literal["extraction"]
@@ -58,6 +73,7 @@ class ModelTask(Section):
     calibration: str
     answer_schema: str | None = None
     system_prompt: str | None = None
+    allow_overlap: AllowedOverlap | None = None
 
 
 class MergeStep(Section):
@@ -116,22 +132,42 @@ class Target(Section):
     also_for: tuple[str, ...] = ()
 
 
+class Slices(Section):
+    """Ask a paired gate of every part of the evaluation set as well.
+
+    Attributes:
+        by: a field of the items (``intent``), or one of their JSON answers (``answer.intent``).
+        min_items: parts with fewer items are judged together, as one part ``(others)``.
+        max_drop: of a part; None takes the gate's.
+    """
+
+    by: str = Field(min_length=1)
+    min_items: int = Field(default=30, ge=1)
+    max_drop: Ratio | None = None
+
+
 class GateSpec(Section):
     """A question that a variant must answer with its shipped file.
 
+    Estimated figures (``kld.*``, ``same_top.ratio``, ``flips.ratio``, ``perplexity``) are judged by their confidence interval: a
+    bound inside it is inconclusive. ``min`` and ``max`` of a task metric are of the rate on this evaluation set, as it is.
+
     Attributes:
-        metric: ``task.exact_match``, ``task.schema_valid``, ``kld.mean``, ``same_top.ratio``, ``perplexity``,
+        metric: ``task.exact_match``, ``task.schema_valid``, ``task.schema_valid_constrained``, ``kld.mean``, ``kld.p99``,
+            ``same_top.ratio``, ``flips.ratio`` (greedy answers that differ from the unquantised model's), ``perplexity``,
             ``decode_tps``, ``rss_bytes``.
         max_drop: absolute, paired, against the base step (the merged, unquantised model); ``min``/``max``: of
             the value itself.
         confidence: one-sided.
+        slices: ask of parts of the evaluation set, too.
     """
 
     metric: str
     max_drop: Ratio | None = None
     min: float | None = None
     max: float | None = None
-    confidence: float = 0.95
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    slices: Slices | None = None
 
     @model_validator(mode="after")
     def _can_fail(self) -> GateSpec:
@@ -141,6 +177,35 @@ class GateSpec(Section):
             raise ValueError(
                 f"gate {self.metric}: max_drop is for task metrics, which are paired item by item; use min or max"
             )
+        if self.slices is not None and self.max_drop is None:
+            raise ValueError(f"gate {self.metric}: slices are for max_drop, which is paired item by item")
+        return self
+
+
+class WarningLights(Section):
+    """When early warnings turn amber and red. They need no labels, and stop nothing unless a gate asks the same figure.
+
+    Each is [amber from, red from], for models of about four bits a weight. Recalibrate when a line of models is known: take what
+    its variants that served well have shown.
+
+    Attributes:
+        kld_mean: nats a token against the unquantised model; ``kld_p99``: of the worst token in a hundred.
+        flips_ratio: share of greedy answers that differ; ``top_flips_ratio``: share of tokens whose likeliest successor differs.
+    """
+
+    kld_mean: tuple[float, float] = (0.03, 0.1)
+    kld_p99: tuple[float, float] = (0.2, 0.7)
+    flips_ratio: tuple[float, float] = (0.03, 0.08)
+    top_flips_ratio: tuple[float, float] = (0.09, 0.15)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> WarningLights:
+        for name in type(self).model_fields:
+            amber, red = getattr(self, name)
+            if not 0 <= amber <= red:
+                raise ValueError(
+                    f"{name}: expected [amber, red] with 0 <= amber <= red, got [{amber}, {red}]"
+                )
         return self
 
 
@@ -156,6 +221,7 @@ class Evaluation(Section):
             may lose.
         bench_repeats: repeats of the speed measurement.
         seed: order of the evaluation set.
+        warnings: when early warnings turn amber and red.
     """
 
     text_tokens: int = Field(default=2048, ge=64)
@@ -166,6 +232,7 @@ class Evaluation(Section):
     golden_max_drop: Ratio = Field(default=0.0, ge=0, lt=1)
     bench_repeats: int = Field(default=3, ge=1)
     seed: int = 7
+    warnings: WarningLights = WarningLights()
 
     def fast(self) -> Evaluation:
         """The same questions asked of less: for a quick look and for continuous integration."""

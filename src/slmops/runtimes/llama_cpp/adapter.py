@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from slmops.core.errors import UsageError
 from slmops.runtimes import limits as engine_limits
@@ -14,6 +15,9 @@ from slmops.runtimes.llama_cpp.capi import DISTRIBUTION, KV_CACHE_TYPES
 from slmops.runtimes.llama_cpp.native import check_gguf
 from slmops.runtimes.ports import Capabilities, EngineLimits, EngineSpec
 from slmops.runtimes.process import EngineProcess
+
+if TYPE_CHECKING:
+    from slmops.runtimes.logit_source import LogitSource
 
 CHILD_MODULE = "slmops.runtimes.llama_cpp.engine"
 
@@ -71,6 +75,14 @@ class LlamaCppRuntime:
         environment = _ENVIRONMENT | {"OMP_NUM_THREADS": str(spec.threads)}
         extra = {"runtime_version": self.version()}
         return EngineProcess.spawn(CHILD_MODULE, spec, workdir, applied, environment=environment, extra=extra)
+
+    def open_logits(
+        self, path: Path, *, context_tokens: int, threads: int = 1, kv_cache: str = "f16"
+    ) -> LogitSource:
+        """Full logits in this process, for builds; see `slmops.runtimes.logit_source`. Needs numpy."""
+        from slmops.runtimes.llama_cpp.logits import LogitModel  # noqa: PLC0415 - a device has no numpy
+
+        return LogitModel(path, context_tokens=context_tokens, threads=threads, kv_cache=kv_cache)
 
 
 def _check(spec: EngineSpec) -> None:
