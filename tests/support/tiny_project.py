@@ -47,6 +47,7 @@ def make_tiny_project(
     gates: Sequence[Mapping[str, Any]] = LOOSE_GATES,
     evaluation: Mapping[str, Any] | None = None,
     base: Mapping[str, Any] | None = None,
+    shape: Mapping[str, int] | None = None,
 ) -> Path:
     """Write the project and give the recipe's path back.
 
@@ -59,10 +60,11 @@ def make_tiny_project(
         gates: of the recipe.
         evaluation: of the recipe; None for very little.
         base: of the recipe; None for the tiny model's file.
+        shape: of the tiny model, see ``make_tiny_gguf``; ``layers`` is also the adapter's.
     """
     folder.mkdir(parents=True)
-    make_tiny_gguf(folder / "base.gguf", seed=seed)
-    make_tiny_adapter(folder / "adapter.gguf", seed=seed)
+    make_tiny_gguf(folder / "base.gguf", seed=seed, **(shape or {}))
+    make_tiny_adapter(folder / "adapter.gguf", seed=seed, layers=(shape or {}).get("layers", 2))
     items = [
         {
             "id": f"item-{i}",

@@ -102,7 +102,9 @@ class Build(msgspec.Struct, frozen=True):
 
     Attributes:
         reference_sha256: the unquantised model that everything was compared with.
-        scores: task figures of ``base`` (before) and ``reference`` (after the steps, unquantised).
+        scores: task figures of ``base`` (before), ``reference`` (after the steps, unquantised) and, where the recipe cuts,
+            ``dense`` (before the cuts).
+        weight_steps: by step that cuts or trains, what it measured of itself; and the sparsity report's verdict.
         prompts: files by prompt name.
         fast: the evaluation was cut down.
         evaluation_set: digests of the evaluation set, of the items asked and of the held-out text: figures of two builds
@@ -125,6 +127,7 @@ class Build(msgspec.Struct, frozen=True):
     prompts: dict[str, BuiltFile]
     steps: tuple[StepRecord, ...]
     evaluation_set: dict[str, str] = {}
+    weight_steps: dict[str, dict[str, Any]] = {}
 
     def files(self) -> list[BuiltFile]:
         """Every file that the index names."""
@@ -239,6 +242,9 @@ def describe(build: Build) -> dict[str, Any]:
         "reference_sha256": build.reference_sha256,
         "fast": build.fast,
         "scores": build.scores,
+        "weight_steps": {
+            s.name: build.weight_steps[s.name] for s in build.steps if s.name in build.weight_steps
+        },
         "variants": [
             {
                 "profile": v.profile,

@@ -133,7 +133,7 @@ def write_gguf(
     source: GgufFile,
     tensors: Sequence[NewTensor],
     *,
-    replace: Mapping[str, int | None],
+    replace: Mapping[str, int | bytes | None],
     progress: Callable[[float], None] = lambda ratio: None,
 ) -> None:
     """Write a GGUF with the source's metadata and these tensors; the caller names the file when it is whole.
@@ -142,7 +142,8 @@ def write_gguf(
         path: new file.
         source: where the metadata comes from.
         tensors: in any order.
-        replace: metadata keys to drop (None) or to set to an unsigned 32-bit integer.
+        replace: metadata keys to drop (None), to set to an unsigned 32-bit integer, or to bytes that already are a value's type
+            and value (:func:`metadata_value`, :func:`pick_elements`).
         progress: told the share of tensors written, 0..1.
     """
     ordered = in_file_order(tensors)
@@ -161,7 +162,9 @@ def write_gguf(
             progress((index + 1) / len(ordered))
 
 
-def header_bytes(source: GgufFile, ordered: Sequence[NewTensor], replace: Mapping[str, int | None]) -> bytes:
+def header_bytes(
+    source: GgufFile, ordered: Sequence[NewTensor], replace: Mapping[str, int | bytes | None]
+) -> bytes:
     """The header, padding included, for tensors in file order."""
     pairs = [
         bytes(source.content[begin:end])
@@ -170,7 +173,8 @@ def header_bytes(source: GgufFile, ordered: Sequence[NewTensor], replace: Mappin
     ]
     for key, value in sorted(replace.items()):
         if value is not None:
-            pairs.append(_string(key) + struct.pack("<II", _U32, value))
+            encoded = value if isinstance(value, bytes) else struct.pack("<II", _U32, value)
+            pairs.append(_string(key) + encoded)
     infos, offset = [], 0
     for tensor in ordered:
         shape = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape)
@@ -180,7 +184,9 @@ def header_bytes(source: GgufFile, ordered: Sequence[NewTensor], replace: Mappin
     return header + b"\0" * (padded(len(header)) - len(header))
 
 
-def file_bytes(source: GgufFile, tensors: Sequence[NewTensor], replace: Mapping[str, int | None]) -> int:
+def file_bytes(
+    source: GgufFile, tensors: Sequence[NewTensor], replace: Mapping[str, int | bytes | None]
+) -> int:
     """Size of the file that :func:`write_gguf` would write."""
     ordered = in_file_order(tensors)
     return len(header_bytes(source, ordered, replace)) + sum(padded(tensor.size_bytes) for tensor in ordered)
@@ -199,6 +205,50 @@ def metadata_ranges(content: mmap.mmap | bytes) -> list[tuple[str, int, int]]:
         at = _skip(content, at + 4, kind)
         ranges.append((key, begin, at))
     return ranges
+
+
+def metadata_value(content: mmap.mmap | bytes, key: str) -> bytes | None:
+    """The bytes of a metadata value, its type first; None when the key is absent."""
+    for name, begin, end in metadata_ranges(content):
+        if name == key:
+            return bytes(content[begin + 8 + len(key.encode()) : end])
+    return None
+
+
+def array_elements(value: bytes) -> list[bytes]:
+    """The elements of an array's value, each as its own bytes: a string without its length, a number little-endian.
+
+    Raises:
+        BaseModelError: the value is no array of strings or numbers.
+    """
+    kind, element, count = struct.unpack_from("<IIQ", value)
+    if kind != _ARRAY or (element != _STRING and element not in _SCALAR_BYTES):
+        raise BaseModelError(
+            f"metadata: expected an array of strings or numbers, got type {kind} of {element}",
+            hint="use a complete llama.cpp GGUF",
+        )
+    at, found = 16, []
+    for _ in range(count):
+        if element == _STRING:
+            (length,) = struct.unpack_from("<Q", value, at)
+            found.append(value[at + 8 : at + 8 + length])
+            at += 8 + length
+        else:
+            found.append(value[at : at + _SCALAR_BYTES[element]])
+            at += _SCALAR_BYTES[element]
+    return found
+
+
+def pick_elements(value: bytes, indices: Sequence[int]) -> bytes:
+    """An array's value with some of its elements, in the order of the indices."""
+    _, element, _ = struct.unpack_from("<IIQ", value)
+    elements = array_elements(value)
+    parts = [struct.pack("<IIQ", _ARRAY, element, len(indices))]
+    for index in indices:
+        if element == _STRING:
+            parts.append(struct.pack("<Q", len(elements[index])))
+        parts.append(elements[index])
+    return b"".join(parts)
 
 
 def _skip(content: mmap.mmap | bytes, at: int, kind: int) -> int:

@@ -6,6 +6,9 @@ The order of the list is also the order of preference: what the longest chain wa
       └─ merge, permute = reference ─────┤                                                     ├─ answers P
                              ├─ distributions                                                  ├─ golden scores P
                              └─ answers reference ─ golden pack                                └─ speed P (alone)
+
+A recipe that prunes, sparsifies or distils adds the steps of :mod:`slmops.build.weight_plan`, the answers of the model before
+those cuts, and how far the unquantised reference is from it.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any
 from slmops.artifact.digest import sha256_hex
 from slmops.build.files import sha256_of_file
 from slmops.build.graph import Output, SourceFile, Step
+from slmops.build.weight_plan import Weights, plan_weights
 from slmops.core.device.profile import BUILTIN_PROFILES, DeviceProfile
 from slmops.core.errors import BaseModelError, DigestError, DocumentError, NotFoundError
 from slmops.protocol.documents.profile import Profile
@@ -28,6 +32,8 @@ from slmops.protocol.documents.recipe import Evaluation, Recipe, Search, Target
 DAMAGE_PARTS = 2
 PREDICTION_PARTS = 2
 PROMPT_TOKENS, DECODE_TOKENS = 128, 48
+#: only where the recipe cuts or trains: the model before that, and what the cuts alone cost
+ASKED_PARENT, LIKELIHOOD_REFERENCE, SPARSITY = "answers: dense", "likelihood: unquantised", "sparsity report"
 BASE, TEXT, PACK, ASKED_BASE, ASKED_REFERENCE, DISTRIBUTIONS, GOLDEN_REFERENCE = (
     "base",
     "render text",
@@ -37,6 +43,13 @@ BASE, TEXT, PACK, ASKED_BASE, ASKED_REFERENCE, DISTRIBUTIONS, GOLDEN_REFERENCE =
     "distributions: unquantised",
     "golden scores: unquantised",
 )
+
+
+_DISTRIBUTIONS: dict[str, Output | SourceFile] = {
+    "ids": Output(DISTRIBUTIONS, "ids.npy"),
+    "logprobs": Output(DISTRIBUTIONS, "logprobs.npy"),
+    "mass": Output(DISTRIBUTIONS, "tail-mass.npy"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +77,7 @@ class Plan:
         steps: in order.
         reference: where the unquantised model comes from; ``base``: where the untouched base comes from.
         targets: those that are built.
+        weights: the models of the build by their part; ``paired``: the step whose answers variants are judged against.
     """
 
     steps: tuple[Step, ...]
@@ -71,6 +85,8 @@ class Plan:
     base: Output | SourceFile
     targets: tuple[Target, ...]
     evaluation: Evaluation
+    weights: Weights
+    paired: str
 
 
 def of_target(kind: str, target: Target) -> str:
@@ -126,8 +142,10 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
     targets = _chosen(read.recipe, only)
     steps: list[Step] = []
     base = _base_step(read, steps)
-    steps.append(_text_step(read, base, evaluation))
-    reference = _weight_steps(read, base, steps)
+    made = plan_weights(
+        read.recipe, read.sources, base, steps, lambda model: _text_step(read, model, evaluation)
+    )
+    reference = made.reference
     calibration, held_out = Output(TEXT, "calibration.json"), Output(TEXT, "held-out.json")
     imatrix = Output("imatrix", "imatrix.npz")
     search = read.recipe.search
@@ -141,12 +159,14 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
             Step(
                 f"damage {part + 1}",
                 "slmops.build.steps.sensitivity:damage",
-                {**weights, "base": base, "text": calibration},
+                {**weights, "base": made.base, "text": calibration},
                 params,
             )
         )
     rows = {"types": list(search.types), "sample_rows": search.sample_rows}
-    steps.append(Step("errors", "slmops.build.steps.sensitivity:errors", {**weights, "base": base}, rows))
+    steps.append(
+        Step("errors", "slmops.build.steps.sensitivity:errors", {**weights, "base": made.base}, rows)
+    )
     steps += _gradient_steps(read, weights, calibration)
     variants = {target.profile: Output(of_target("quantise", target), "model.gguf") for target in targets}
     for target in targets:
@@ -160,8 +180,12 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
         inputs: dict[str, Output | SourceFile] = {**weights, "choice": choice, **_feedback_inputs(read)}
         steps.append(Step(of_target("quantise", target), "slmops.build.steps.quantise:write_variant", inputs))
     steps.append(
-        Step(DISTRIBUTIONS, "slmops.build.steps.divergence:reference", {"model": reference, "text": held_out})
+        Step(
+            DISTRIBUTIONS, "slmops.build.steps.divergence:reference", {"model": made.dense, "text": held_out}
+        )
     )
+    if made.is_cut:
+        steps += _cut_steps(read, made, held_out, evaluation)
     if evaluation.base_items:
         few = evaluation.model_copy(update={"task_items": evaluation.base_items, "constrained_items": 0})
         steps.append(_answers_step(read, ASKED_BASE, base, few))
@@ -170,7 +194,12 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
         steps += _measure_steps(read, target, variants[target.profile], held_out, evaluation)
     steps += [_expect_step(target, targets) for target in targets]
     steps += [_speed_step(read, target, variants[target.profile], evaluation) for target in targets]
-    return Plan(tuple(steps), reference, base, targets, evaluation)
+    if made.before_zeros is not None:
+        steps.append(
+            _sparsity_step(read, targets[0], variants[targets[0].profile], made.before_zeros, evaluation)
+        )
+    paired = ASKED_PARENT if made.is_cut else ASKED_REFERENCE
+    return Plan(tuple(steps), reference, base, targets, evaluation, made, paired)
 
 
 def _gradient_steps(read: ReadRecipe, weights: dict[str, Output | SourceFile], text: Output) -> list[Step]:
@@ -268,33 +297,6 @@ def _text_step(read: ReadRecipe, base: Output | SourceFile, evaluation: Evaluati
     return Step(TEXT, "slmops.build.steps.text:render", inputs, params)
 
 
-def _weight_steps(read: ReadRecipe, base: Output | SourceFile, steps: list[Step]) -> Output:
-    """The recipe's steps; without any, the base dequantised."""
-    model: Output | SourceFile = base
-    for index, step in enumerate(read.recipe.steps):
-        if step.merge is not None:
-            name = f"merge {Path(step.merge.adapter).name}"
-            inputs = {"model": model, "adapter": read.sources[f"adapter-{index}"]}
-            steps.append(Step(name, "slmops.build.steps.weights:merge", inputs, {"scale": step.merge.scale}))
-        elif step.permute is not None:
-            name = f"permute layers {','.join(map(str, step.permute.layers))}"
-            steps.append(
-                Step(
-                    name,
-                    "slmops.build.steps.weights:permute",
-                    {"model": model},
-                    {"layers": list(step.permute.layers), "seed": step.permute.seed},
-                )
-            )
-        else:
-            continue
-        model = Output(name, "model.gguf")
-    if isinstance(model, Output) and model.file == "model.gguf":
-        return model
-    steps.append(Step("dequantise", "slmops.build.steps.weights:reference", {"model": model}))
-    return Output("dequantise", "model.gguf")
-
-
 def _choose_step(read: ReadRecipe, target: Target, reference: Output) -> Step:
     profile = read.profiles[target.profile]
     params = {
@@ -376,17 +378,12 @@ def _golden_pack_steps(read: ReadRecipe, reference: Output, evaluation: Evaluati
 def _measure_steps(
     read: ReadRecipe, target: Target, variant: Output, text: Output, evaluation: Evaluation
 ) -> list[Step]:
-    kept: dict[str, Output | SourceFile] = {
-        "ids": Output(DISTRIBUTIONS, "ids.npy"),
-        "logprobs": Output(DISTRIBUTIONS, "logprobs.npy"),
-        "mass": Output(DISTRIBUTIONS, "tail-mass.npy"),
-    }
     return [
         _answers_step(read, of_target("answers", target), variant, evaluation),
         Step(
             of_target("likelihood", target),
             "slmops.build.steps.divergence:compare",
-            {"model": variant, "text": text, **kept},
+            {"model": variant, "text": text, **_DISTRIBUTIONS},
             {"runtime": target.runtime},
         ),
         Step(
@@ -396,6 +393,39 @@ def _measure_steps(
             {"serving": serving_of(read.recipe)},
         ),
     ]
+
+
+def _cut_steps(read: ReadRecipe, made: Weights, text: Output, evaluation: Evaluation) -> list[Step]:
+    """The dense model's answers, and how far the cuts alone led from it."""
+    inputs: dict[str, Output | SourceFile] = {"model": made.reference, "text": text, **_DISTRIBUTIONS}
+    return [
+        _answers_step(read, ASKED_PARENT, made.parent, evaluation),
+        Step(
+            LIKELIHOOD_REFERENCE, "slmops.build.steps.divergence:compare", inputs, {"runtime": "llama.cpp"}
+        ),
+    ]
+
+
+def _sparsity_step(
+    read: ReadRecipe, target: Target, variant: Output, dense: Output, evaluation: Evaluation
+) -> Step:
+    inputs: dict[str, Output | SourceFile] = {
+        "dense": dense,
+        "variant": variant,
+        "imatrix": Output("imatrix", "imatrix.npz"),
+        "choice": Output(of_target("choose", target)),
+    }
+    run = "slmops.build.steps.sparsify:report"
+    return Step(SPARSITY, run, inputs, _speed_params(read, evaluation), exclusive=True)
+
+
+def _speed_params(read: ReadRecipe, evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        "serving": serving_of(read.recipe),
+        "prompt_tokens": PROMPT_TOKENS,
+        "decode_tokens": DECODE_TOKENS,
+        "repeats": evaluation.bench_repeats,
+    }
 
 
 def _expect_step(target: Target, targets: tuple[Target, ...]) -> Step:
@@ -409,17 +439,11 @@ def _expect_step(target: Target, targets: tuple[Target, ...]) -> Step:
 
 
 def _speed_step(read: ReadRecipe, target: Target, variant: Output, evaluation: Evaluation) -> Step:
-    params = {
-        "serving": serving_of(read.recipe),
-        "prompt_tokens": PROMPT_TOKENS,
-        "decode_tokens": DECODE_TOKENS,
-        "repeats": evaluation.bench_repeats,
-    }
     return Step(
         of_target("speed", target),
         "slmops.build.steps.speed:measure",
         {"model": variant},
-        params,
+        _speed_params(read, evaluation),
         exclusive=True,
     )
 
@@ -449,6 +473,11 @@ def _sources(recipe: Recipe, folder: Path) -> dict[str, SourceFile]:
         for index, step in enumerate(recipe.steps)
         if step.merge is not None
     }
+    for index, step in enumerate(recipe.steps):
+        cut = step.prune or step.distil
+        paths |= {
+            f"general-{index}-{number}": name for number, name in enumerate(cut.general_text if cut else ())
+        }
     sources = {}
     for role, name in paths.items():
         if name is None:

@@ -34,7 +34,9 @@ from slmops.build.plan import (
     BASE,
     DISTRIBUTIONS,
     GOLDEN_REFERENCE,
+    LIKELIHOOD_REFERENCE,
     PACK,
+    SPARSITY,
     Plan,
     ReadRecipe,
     make_plan,
@@ -162,7 +164,7 @@ def _assemble(
         )
         figures = _figures(read, target, results, items)
         answers = results[of_target("answers", target)].value
-        findings = judge(recipe.gates, target, figures, answers, results[ASKED_REFERENCE].value, items)
+        findings = judge(recipe.gates, target, figures, answers, results[plan.paired].value, items)
         quantised = results[of_target("quantise", target)].value
         variants.append(
             BuiltVariant(
@@ -196,6 +198,8 @@ def _assemble(
     )
     licence = recipe.base.licence or facts["licence"] or UNKNOWN_LICENCE
     scores = {"reference": task_figures(results[ASKED_REFERENCE].value)}
+    if plan.paired != ASKED_REFERENCE:
+        scores["dense"] = task_figures(results[plan.paired].value)
     if ASKED_BASE in results:
         scores["base"] = task_figures(results[ASKED_BASE].value)
     prompts = {}
@@ -229,6 +233,7 @@ def _assemble(
             "provenance.json", canonical_json(_provenance(read, plan, results, base, reference_sha256))
         ),
         prompts=prompts,
+        weight_steps=weight_figures(plan, results),
         steps=tuple(
             StepRecord(step.name, results[step.name].key, results[step.name].seconds) for step in plan.steps
         ),
@@ -239,6 +244,22 @@ def _assemble(
         },
     )
     return build, fill
+
+
+def weight_figures(plan: Plan, results: Mapping[str, StepResult]) -> dict[str, dict[str, Any]]:
+    """What each step that cuts or trains says of itself, what all of them cost together, and what zeros are worth."""
+    names = [*plan.weights.steps, *(name for name in (LIKELIHOOD_REFERENCE, SPARSITY) if name in results)]
+    return {name: dict(results[name].value) for name in names}
+
+
+def compared_with(plan: Plan) -> str:
+    """In plain words, what divergences are taken from."""
+    if not plan.weights.is_cut:
+        return "the unquantised model"
+    kept = plan.weights.kept_tokens
+    return "the model before it was cut" + (
+        "" if kept is None else f", over the {kept} tokens that were kept (its probabilities renormalised)"
+    )
 
 
 def task_figures(answers: Mapping[str, Any]) -> dict[str, Any]:
@@ -340,6 +361,9 @@ def _evidence(
         "evaluation": plan.evaluation.model_dump(),
         "text": results["render text"].value,
         "reference": {**scores["reference"], **results[DISTRIBUTIONS].value},
+        "compared_with": compared_with(plan),
+        "dense": scores.get("dense"),
+        "weight_steps": weight_figures(plan, results),
         "base": scores.get("base"),
         "golden": {**results[PACK].value, "reference": results[GOLDEN_REFERENCE].value["scores"]},
         "damage": results[of_target("choose", plan.targets[0])].value["damage"],

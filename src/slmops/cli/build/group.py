@@ -168,6 +168,7 @@ _LIGHTS = {"amber": "yellow", "red": "red"}
 
 def _print_build(described: dict[str, Any]) -> None:
     print_variants(described["variants"])
+    print_weight_steps(described["weight_steps"])
     for gate in described["gates"]:
         click.secho(f"{gate['verdict']:<12} ", fg=_COLOURS.get(gate["verdict"]), nl=False)
         click.echo(f"{gate.get('profile', '')} {gate['gate']}: {gate['reason']}".strip())
@@ -179,6 +180,20 @@ def _print_build(described: dict[str, Any]) -> None:
                 f"{warning['profile']} {warning['signal']}: {warning['value']:.4g} is {warning['light']}{sure} "
                 f"(amber from {warning['amber_from']:g}, red from {warning['red_from']:g}); it stops nothing by itself"
             )
+
+
+def print_weight_steps(figures: dict[str, dict[str, Any]]) -> None:
+    """What pruning, recovery and sparsity did, one line a step, and the sparsity report's verdict."""
+    for name, value in figures.items():
+        if "verdict" in value:
+            click.echo(f"{name}: {value['verdict']}")
+            continue
+        shown = [
+            f"{key} {number:.4g}" if isinstance(number, float) else f"{key} {number}"
+            for key, number in value.items()
+            if isinstance(number, (int, float, str))
+        ]
+        click.echo(f"{name}: {', '.join(shown)}")
 
 
 def print_variants(variants: list[dict[str, Any]]) -> None:
