@@ -71,6 +71,7 @@ class StepContext:
         out: empty folder; files that are left here are the step's files.
         progress: call with a ratio 0..1 (or None) and a note.
         memo: folder of pieces that steps share (:mod:`slmops.build.memo`); None shares nothing, with the same results.
+        checkpoints: for steps that train: made by the step, kept when the step is killed, removed when it ended well.
     """
 
     files: Mapping[str, Path]
@@ -79,6 +80,7 @@ class StepContext:
     out: Path
     progress: Callable[[float | None, str], None]
     memo: Path | None = None
+    checkpoints: Path | None = None
 
 
 def resolve(run: str) -> Callable[[StepContext], Any]:

@@ -151,7 +151,10 @@ class _Run:
                 def note(ratio: float | None, text: str) -> None:
                     self.events.put(_Happened(step.name, ratio, text))
 
-                context = StepContext(files, values, dict(step.params), folder, note, self.cache.memo)
+                checkpoints = self.cache.folder / "checkpoints" / key
+                context = StepContext(
+                    files, values, dict(step.params), folder, note, self.cache.memo, checkpoints
+                )
                 inline = step.light or self.workers == 0
                 with naming_full_disks(folder):
                     value = resolve(step.run)(context) if inline else self._in_a_process(step, context)
@@ -165,6 +168,7 @@ class _Run:
                     tools=tool_versions(),
                     seconds=time.monotonic() - began_s,
                 )
+                shutil.rmtree(checkpoints, ignore_errors=True)
                 self.events.put(_Happened(step.name, result=result))
             except BaseException as error:
                 self.events.put(_Happened(step.name, error=error))
@@ -188,6 +192,7 @@ class _Run:
             "params": context.params,
             "out": str(context.out),
             "memo": str(context.memo) if context.memo is not None else None,
+            "checkpoints": str(context.checkpoints),
         }
         with tempfile.TemporaryFile() as log:
             child = subprocess.Popen(

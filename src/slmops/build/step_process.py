@@ -39,6 +39,7 @@ def main() -> int:
             out,
             progress,
             Path(config["memo"]) if config.get("memo") else None,
+            Path(config["checkpoints"]),
         )
         try:
             value = resolve(config["run"])(context)

@@ -102,24 +102,47 @@ class Llama:
 
         Returns: (t, hidden) float32, after the last norm.
         """
-        w, s = self.weights, self.shape
-        x = F.embedding(tokens, w["token_embd.weight"]).float()  # (t, hidden)
-        angles = positions[:, None].float() * self._frequencies  # (t, head_width / 2)
-        cos, sin = angles.cos(), angles.sin()
-        dtype = w["token_embd.weight"].dtype
-        bias = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))  # (t, t)
-        for layer in range(s.layers):
-            at = f"blk.{layer}."
-            h = self._norm(x, at + "attn_norm.weight")
-            q = _rotate(self._linear(at + "attn_q", h, hook).view(-1, s.heads, s.head_width), cos, sin)
-            k = _rotate(self._linear(at + "attn_k", h, hook).view(-1, s.kv_heads, s.head_width), cos, sin)
-            v = self._linear(at + "attn_v", h, hook).view(-1, s.kv_heads, s.head_width)
-            mixed = _attend(q, k, v, bias)  # (t, hidden)
-            x = x + self._linear(at + "attn_output", mixed, hook)
-            h = self._norm(x, at + "ffn_norm.weight")
-            gated = F.silu(self._linear(at + "ffn_gate", h, hook)) * self._linear(at + "ffn_up", h, hook)
-            x = x + self._linear(at + "ffn_down", gated, hook)
+        x = self.embed(tokens)
+        cos, sin = self.turning(positions)
+        bias = self.bias(mask)
+        for layer in range(self.shape.layers):
+            x = self.block(layer, x, cos, sin, bias, hook)
         return self._norm(x, "output_norm.weight")
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Look tokens (t,) up; returns (t, hidden) float32."""
+        return F.embedding(tokens, self.weights["token_embd.weight"]).float()
+
+    def turning(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give cosine and sine of the rotary angles of positions (t,), each (t, head_width / 2)."""
+        angles = positions[:, None].float() * self._frequencies
+        return angles.cos(), angles.sin()
+
+    def bias(self, mask: torch.Tensor) -> torch.Tensor:
+        """Turn a (t, t) mask into what is added to attention scores."""
+        dtype = self.weights["token_embd.weight"].dtype
+        return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+    def block(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        bias: torch.Tensor,
+        hook: LinearHook | None = None,
+    ) -> torch.Tensor:
+        """Run one block on the residual stream x (t, hidden); see ``hidden``, ``turning`` and ``bias``."""
+        s, at = self.shape, f"blk.{layer}."
+        h = self._norm(x, at + "attn_norm.weight")
+        q = _rotate(self._linear(at + "attn_q", h, hook).view(-1, s.heads, s.head_width), cos, sin)
+        k = _rotate(self._linear(at + "attn_k", h, hook).view(-1, s.kv_heads, s.head_width), cos, sin)
+        v = self._linear(at + "attn_v", h, hook).view(-1, s.kv_heads, s.head_width)
+        mixed = _attend(q, k, v, bias)  # (t, hidden)
+        x = x + self._linear(at + "attn_output", mixed, hook)
+        h = self._norm(x, at + "ffn_norm.weight")
+        gated = F.silu(self._linear(at + "ffn_gate", h, hook)) * self._linear(at + "ffn_up", h, hook)
+        return x + self._linear(at + "ffn_down", gated, hook)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Project (n, hidden) to (n, vocabulary) float32.

@@ -99,10 +99,13 @@ def _first(sequences: list[list[int]], tokens: int) -> list[list[int]]:
 def keep(context: StepContext) -> dict[str, Any]:
     """Keep a teacher's distributions at every position of the text.
 
-    Files in: ``model`` (the teacher), ``text``; out: ``ids.npy`` (tokens, k) uint32, ``logprobs.npy`` (tokens, k) float16, in
-    the order of the text, likeliest first. Value: ``kept_mass``: mean probability of the kept tokens.
+    Files in: ``model`` (the teacher), ``text``; out: ``ids.npy`` (tokens, k) uint32, ``logprobs.npy`` (tokens, k) float16,
+    in the order of the text, likeliest first. Params: ``tokens``: how many, from the text's beginning.
+    Value: ``kept_mass``: mean probability of the kept tokens.
     """
-    sequences = json.loads(context.files["text"].read_text(encoding="utf-8"))
+    sequences = _first(
+        json.loads(context.files["text"].read_text(encoding="utf-8")), int(context.params["tokens"])
+    )
     longest = max(len(sequence) for sequence in sequences)
     ids, logprobs = [], []
     with LogitModel(
