@@ -64,7 +64,7 @@ def test_divergence_is_from_the_model_before_the_cuts(pruned: tuple[Path, BuildR
     assert 0.01 < cuts_alone <= evidence["variants"][0]["figures"]["kld_mean"] + 0.05
     assert evidence["dense"]["items"] == 4
     names = [step.name for step in result.build.steps]
-    assert names.index("check") < names.index("prune vocabulary") < names.index("render text")
+    assert names.index("check cuts") < names.index("prune vocabulary") < names.index("render text")
     assert names.index("render text") < names.index("prune width") < names.index("prune depth")
     provenance = json.loads((folder / "build" / "provenance.json").read_bytes())
     inputs = {step["name"]: step["inputs"] for step in provenance["steps"]}

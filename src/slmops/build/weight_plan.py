@@ -286,7 +286,7 @@ def plan_weights(
     if asked or training:
         params = {"asked": asked, "training": training, "torch": plan.torch if training else None}
         run = "slmops.build.steps.prune_check:check"
-        steps.append(Step("check", run, {"base": base}, params, light=True))
+        steps.append(Step("check cuts", run, {"base": base}, params, light=True))
     if not any(cut.get("keep_vocabulary_tokens") for cut in asked):
         plan.render()
     for index, step in enumerate(recipe.steps):

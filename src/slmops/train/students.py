@@ -10,6 +10,7 @@ run was stopped and went on from its checkpoint.
 from __future__ import annotations
 
 import math
+import mmap
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -125,7 +126,8 @@ def write_weights(source: Path, target: Path, weights: Mapping[str, torch.Tensor
         BaseModelError: a tensor is quantised, missing, or of another shape.
         BuildError: a value is beyond the range of F16.
     """
-    layout = parse_gguf(source.read_bytes(), source.name)
+    with source.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        layout = parse_gguf(content, source.name)
     tensors = {tensor.name: tensor for tensor in layout.tensors}
     shutil.copyfile(source, target)
     with target.open("r+b") as sink:
