@@ -12,7 +12,7 @@ import yaml
 from tests.support.tiny_project import make_tiny_project
 
 from slmops.build import run_build
-from slmops.core.errors import BuildError
+from slmops.core.errors import BuildError, LeakageError
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 RECOVER = {"reconstruct_tokens": 512, "distil_tokens": 1024, "epochs": 2, "learning_rate": 3e-4}
@@ -51,6 +51,16 @@ def test_without_torch_the_build_says_so_before_any_work(
         run_build(recipe, tmp_path / "build", cache_dir=tmp_path / "c", workers=0)
     assert "slmops[train]" in caught.value.hint
     assert len(list((tmp_path / "c" / "steps").iterdir())) <= 1
+
+
+def test_the_evaluation_set_is_never_learned_from(tmp_path: Path) -> None:
+    """A general text that quotes an evaluation prompt is refused, with the item, before any work."""
+    recipe = project(tmp_path / "p", {"prune": {"drop_layers": 1, "general_text": ["general.txt"]}})
+    text = tmp_path / "p" / "general.txt"
+    text.write_text(text.read_text() + " Then he said: Turn on - light 7! And so it was.")
+    with pytest.raises(LeakageError, match=r"item-7 is general\.txt of general-0-0 \(prompt\)"):
+        run_build(recipe, tmp_path / "build", cache_dir=tmp_path / "c", workers=0)
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from slmops.build.graph import SourceFile
 from slmops.core.errors import LeakageError
 
 _NAMED = 5
+_LEAST_WORDS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Overlap:
 
     Attributes:
         item: its id; ``number``: which item of the evaluation set, from 1.
-        role: ``train`` or ``calibration``; ``seen``: id of the item there.
+        role: ``train``, ``calibration`` or ``general-...``; ``seen``: id of the item there, or the text's name.
         how: ``exact``, ``prompt`` (the same but for case, punctuation, width) or ``group``.
     """
 
@@ -85,6 +86,8 @@ def check_never_seen(sources: Mapping[str, SourceFile], allowed: str | None) -> 
         if role in sources
         for overlap in overlaps(items, read_calibration(sources[role].path, ""), role)
     ]
+    for role in sorted(role for role in sources if role.startswith("general-")):
+        found += quoted(items, sources[role].path, role)
     if found and allowed is None:
         counts = {
             how: sum(1 for overlap in found if overlap.how == how) for how in ("exact", "prompt", "group")
@@ -98,6 +101,20 @@ def check_never_seen(sources: Mapping[str, SourceFile], allowed: str | None) -> 
             "mean something: task.allow_overlap: {reason: ...}",
             overlaps=len(found),
         )
+    return found
+
+
+def quoted(evaluation: Sequence[Item], text: Path, role: str) -> list[Overlap]:
+    """Evaluation items whose prompt stands, word for word, in a general text that a model learns from.
+
+    Prompts of fewer than four words are passed over: they stand anywhere.
+    """
+    whole = f" {normalised(text.read_text(encoding='utf-8', errors='replace'))} "
+    found = []
+    for number, item in enumerate(evaluation, start=1):
+        prompt = normalised(_asked(item))
+        if len(prompt.split()) >= _LEAST_WORDS and f" {prompt} " in whole:
+            found.append(Overlap(item.id, number, role, text.name, "prompt"))
     return found
 
 

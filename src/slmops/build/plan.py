@@ -252,9 +252,9 @@ def predicts(search: Search) -> bool:
 
 
 def _feedback_inputs(read: ReadRecipe) -> dict[str, Output | SourceFile]:
-    """What quantising with error feedback takes besides weights and importance matrix."""
+    """What quantising with error feedback takes besides weights and importance matrix; feedback would fill up zeros."""
     inputs: dict[str, Output | SourceFile] = {}
-    if read.recipe.search.feedback:
+    if read.recipe.search.feedback and not any(step.sparsify for step in read.recipe.steps):
         inputs |= {"hessians": Output("imatrix", "hessians.npz"), "inputs": Output("imatrix")}
         if "scales" in read.sources:
             inputs["scales"] = read.sources["scales"]
@@ -400,9 +400,7 @@ def _cut_steps(read: ReadRecipe, made: Weights, text: Output, evaluation: Evalua
     inputs: dict[str, Output | SourceFile] = {"model": made.reference, "text": text, **_DISTRIBUTIONS}
     return [
         _answers_step(read, ASKED_PARENT, made.parent, evaluation),
-        Step(
-            LIKELIHOOD_REFERENCE, "slmops.build.steps.divergence:compare", inputs, {"runtime": "llama.cpp"}
-        ),
+        Step(LIKELIHOOD_REFERENCE, "slmops.build.steps.divergence:compare", inputs, {"runtime": "llama.cpp"}),
     ]
 
 
@@ -413,7 +411,7 @@ def _sparsity_step(
         "dense": dense,
         "variant": variant,
         "imatrix": Output("imatrix", "imatrix.npz"),
-        "choice": Output(of_target("choose", target)),
+        "choice": Output(_chosen_by(read.recipe, target)),
     }
     run = "slmops.build.steps.sparsify:report"
     return Step(SPARSITY, run, inputs, _speed_params(read, evaluation), exclusive=True)

@@ -21,8 +21,9 @@ from slmops.build.graph import Output, SourceFile, Step
 from slmops.protocol.documents.recipe import DistilStep, PruneStep, Recipe, Recovery, SparsifyStep
 
 Source = Output | SourceFile
-#: calibration tokens for second moments, for the decision which block goes, and for its first round
-MOMENT_TOKENS, PROBE_TOKENS, SCREEN_TOKENS = 4096, 512, 96
+#: tokens for second moments (several for each neuron), for the decision which block goes, and for its first round
+MOMENT_TOKENS, PROBE_TOKENS, SCREEN_TOKENS = 8192, 512, 96
+SEED = 7
 _PARAMS = {"probe_tokens": PROBE_TOKENS}
 
 
@@ -127,20 +128,26 @@ class _Plan:
                 prune.keep_vocabulary_tokens,
             )
             self._noted(self.model, cut=True)
+            self.render()
+        if prune.keep_ffn_width is None and prune.drop_layers is None:
+            return
+        recover = prune.recover
+        tokens = max(
+            MOMENT_TOKENS, *((recover.reconstruct_tokens, recover.distil_tokens) if recover else (0,))
+        )
+        text = self._learned_text(index, prune.general_text, tokens, recover.seed if recover else SEED)
         if prune.keep_ffn_width is not None:
             params = {"keep_ffn_width": prune.keep_ffn_width, "moment_tokens": MOMENT_TOKENS, **_PARAMS}
-            inputs = {"text": self.render(), "model": self.unquantised()}
+            inputs = {"text": text, "model": self.unquantised()}
             self.model = self.add("prune width", "slmops.build.steps.prune_blocks:width", inputs, params)
             self._noted(self.model, cut=True)
-        dropped: Output | None = None
         if prune.drop_layers is not None:
             params = {"drop_layers": prune.drop_layers, "screen_tokens": SCREEN_TOKENS, **_PARAMS}
-            inputs = {"text": self.render(), "model": self.unquantised()}
-            dropped = self.add("prune depth", "slmops.build.steps.prune_blocks:depth", inputs, params)
-            self.model = dropped
-            self._noted(dropped, cut=True)
-        if prune.recover is not None:
-            self._recover(index, prune.recover, prune.general_text)
+            inputs = {"text": text, "model": self.unquantised()}
+            self.model = self.add("prune depth", "slmops.build.steps.prune_blocks:depth", inputs, params)
+            self._noted(self.model, cut=True)
+        if recover is not None:
+            self._recover(recover, text)
 
     def sparsify(self, sparsify: SparsifyStep) -> None:
         model = self.begin_cut()
@@ -156,9 +163,7 @@ class _Plan:
         text = self._learned_text(index, distil.general_text, distil.tokens, distil.seed)
         self._towards(student, teacher, text, distil)
 
-    def _recover(self, index: int, recover: Recovery, general: tuple[str, ...]) -> None:
-        tokens = max(recover.reconstruct_tokens, recover.distil_tokens)
-        text = self._learned_text(index, general, tokens, recover.seed)
+    def _recover(self, recover: Recovery, text: Output) -> None:
         assert self.dense is not None  # begin_cut set it
         if recover.reconstruct_tokens:
             cuts = {f"structure-{number}": cut for number, cut in enumerate(self.cuts)}

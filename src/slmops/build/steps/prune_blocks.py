@@ -58,7 +58,7 @@ OUTPUTS = ("attn_output.weight", "attn_output.bias", "ffn_down.weight", "ffn_dow
 def width(context: StepContext) -> dict[str, Any]:
     """Narrow every feed-forward layer to ``keep_ffn_width`` neurons.
 
-    Files in: ``model`` (F16), ``text`` (calibration); out: ``model.gguf``, ``structure.json``. Params: ``keep_ffn_width``,
+    Files in: ``model`` (F16), ``text`` (token ids); out: ``model.gguf``, ``structure.json``. Params: ``keep_ffn_width``,
     ``moment_tokens``, ``probe_tokens``. Value: widths, ``lost_ratio`` (squared output that cannot be made up, mean and worst
     block), ``kld`` from the model before.
     """
@@ -141,7 +141,7 @@ def narrow(
 def depth(context: StepContext) -> dict[str, Any]:
     """Drop blocks, one after another, each time the one that is missed least.
 
-    Files in: ``model`` (F16), ``text`` (calibration); out: ``model.gguf``, ``structure.json``. Params: ``drop_layers``,
+    Files in: ``model`` (F16), ``text`` (token ids); out: ``model.gguf``, ``structure.json``. Params: ``drop_layers``,
     ``probe_tokens``, ``screen_tokens``. Value: ``dropped`` (the model's own numbers, in order) each with the ``kld`` from the
     whole model that was measured when it went, and how many tries that took.
     """

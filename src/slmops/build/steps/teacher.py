@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import random
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,7 @@ async def _text(context: StepContext) -> dict[str, Any]:
             token_ids = [*asked, *answer, *([end] if end >= 0 and item.answer else [])]
             sequences.append(token_ids[:LONGEST_TOKENS])
     sequences = [sequence for sequence in sequences if len(sequence) > 1]
+    random.Random(int(context.params["seed"])).shuffle(sequences)  # any beginning is a fair part of the whole
     if not sequences:
         raise BuildError(
             "there is no text to learn from", hint="give task.train, or more text in task.calibration"

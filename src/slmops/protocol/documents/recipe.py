@@ -132,7 +132,7 @@ class PruneStep(Section):
         keep_vocabulary_tokens: tokens that stay: bytes and special tokens, what the task's text needs, then by the
             tokenizer's own ranks. Byte-level BPE vocabularies only.
         keep_ffn_width: neurons that stay in each feed-forward layer, a multiple of 256; chosen by activations.
-        drop_layers: blocks that go, one after another, by measured KL divergence on calibration text.
+        drop_layers: blocks that go, one after another, by measured KL divergence on text of training and calibration.
         general_text: plain text files beside the task's text, counted for the vocabulary and learned from in recovery.
         recover: training afterwards; None for none.
     """
