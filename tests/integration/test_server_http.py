@@ -282,6 +282,33 @@ def test_only_complete_properly_signed_releases_are_published(
         assert api.blob(record.digest) == made.manifest  # devices fetch the manifest as a chunk
 
 
+def test_releases_may_be_published_in_another_order_than_they_were_signed_and_again(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Somebody signs 1.0.0 and 1.1.0 and publishes the second first; later the store has lost a blob."""
+    from slmops.artifact.trust import add_release, load_targets
+
+    keys = Keys()
+    with (
+        running_plane(tmp_path_factory.mktemp("order") / "data", keys=keys, work=False) as plane,
+        plane.api() as api,
+    ):
+        now = datetime.fromisoformat("2026-11-08T00:00:00+00:00")
+        older, newer = make_release("1.0.0", 1), make_release("1.1.0", 2)
+        first = add_release(
+            api.published_targets(), older.release.target_path(), older.manifest, 1, [keys.release], now
+        )
+        second = add_release(first, newer.release.target_path(), newer.manifest, 2, [keys.release], now)
+        for made, targets in ((newer, second), (older, first), (newer, second), (older, first)):
+            for digest, blob in made.blobs.items():
+                api.put_blob(digest, blob)
+            assert (
+                api.publish_release(made.release.target_path(), targets, made.manifest).digest == made.digest
+            )
+        assert {release.version for release in api.releases()} == {"1.0.0", "1.1.0"}
+        assert load_targets(api.published_targets()).signed.version == load_targets(second).signed.version
+
+
 def test_a_release_that_was_signed_before_a_crash_is_taken_in_at_the_next_start(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:

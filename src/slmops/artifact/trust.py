@@ -139,8 +139,8 @@ def check_targets(
     Args:
         root: trusted root.
         content: the new metadata.
-        previous: what is published now; its version must not be higher and none of its targets may vanish or
-            change.
+        previous: what is published now. A newer statement must keep all of its targets unchanged. An older one is fine when
+            the published one still says all of it: a release that was signed earlier and is published later, or again.
 
     Raises:
         SignatureError: wrong or too few signatures.
@@ -151,10 +151,15 @@ def check_targets(
     if previous is not None:
         published = load_targets(previous).signed
         if metadata.signed.version < published.version:
-            raise DowngradeError(
-                f"targets.json version {metadata.signed.version} is below the published {published.version}",
-                hint="fetch the published targets first: slmops release publish does",
-            )
+            for path, target in metadata.signed.targets.items():
+                if published.targets.get(path) != target:
+                    raise DowngradeError(
+                        f"targets.json version {metadata.signed.version} is below the published {published.version}, "
+                        f"which does not name {path} like this",
+                        hint="it was signed in another workspace: sign the release again with the keys and the targets "
+                        "that this control plane's releases come from",
+                    )
+            return metadata
         if metadata.signed.version == published.version and metadata.signed != published:
             # Devices that hold this version would never look again.
             raise DowngradeError(

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp
 from slmops.core.errors import BusyError, UsageError
 from slmops.server.adapters.chunk_directory import ChunkDirectory
 from slmops.server.adapters.database import SqlStore
-from slmops.server.adapters.folder import FolderLock, open_folder
+from slmops.server.adapters.folder import ONLINE_KEY, FolderLock, open_folder
 from slmops.server.adapters.group_commit import LINGER_S, GroupCommit
 from slmops.server.adapters.metadata_directory import MetadataDirectory
 from slmops.server.adapters.online_key import load_online_key
@@ -141,7 +141,7 @@ def open_application(
     lock = FolderLock(folder)
     try:
         clock, names = clock or SystemClock(), names or RandomNames()
-        online = load_online_key(folder / "keys" / "online.pem")
+        online = load_online_key(folder / ONLINE_KEY)
         publication = Publication(MetadataDirectory(folder / "tuf"), online, clock)
         store = _open_store(options, folder)
         chunks = ChunkDirectory(folder / "chunks", options.reserve_bytes)

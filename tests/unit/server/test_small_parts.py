@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import text
 
-from slmops.core.errors import BusyError, PermissionDeniedError, UsageError, VersionMismatchError
+from slmops.core.errors import (
+    BusyError,
+    NotFoundError,
+    PermissionDeniedError,
+    UsageError,
+    VersionMismatchError,
+)
 from slmops.core.rollout.machine import Phase
 from slmops.server.adapters.database import SqlStore
 from slmops.server.adapters.database.schema import metadata
@@ -146,8 +152,21 @@ def test_a_database_of_a_newer_version_is_refused(tmp_path: Path) -> None:
         SqlStore.in_folder(tmp_path)
 
 
+def test_a_folder_without_a_control_plane_is_left_as_it_is(tmp_path: Path) -> None:
+    """A mistyped --data-dir (/tmp, say) keeps its mode, and gets no database."""
+    tmp_path.chmod(0o1777)
+    with pytest.raises(NotFoundError, match="nobody has made the keys"):
+        open_folder(tmp_path)
+    with pytest.raises(NotFoundError):
+        open_folder(tmp_path / "not-there")
+    assert tmp_path.stat().st_mode & 0o7777 == 0o1777
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_data_folder_belongs_to_one_server(tmp_path: Path) -> None:
     """The second is told which process holds it; a released lock can be taken again."""
+    (tmp_path / "data" / "keys").mkdir(parents=True)
+    (tmp_path / "data" / "keys" / "online.pem").touch()
     folder = open_folder(tmp_path / "data")
     assert folder.stat().st_mode & 0o777 == 0o700
     lock = FolderLock(folder)

@@ -12,7 +12,7 @@ import msgspec
 import slmops
 from slmops.cli.demo.scenario import DemoOptions, Scenario
 from slmops.cli.output import print_json
-from slmops.core.errors import NotFoundError
+from slmops.core.errors import NotFoundError, UsageError
 
 _EXAMPLE = Path("examples") / "home-intents"
 
@@ -61,7 +61,10 @@ def demo(fast: bool, out: Path | None, work: Path, project: Path | None, as_json
       slmops demo
       slmops demo --fast --out summary.json
     """
-    signal.signal(signal.SIGTERM, _as_interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _as_interrupt)
+    if out is not None and not out.parent.is_dir():
+        raise UsageError(f"--out {out}: {out.parent} is no folder", hint="make it first, or write elsewhere")
     scenario = Scenario(DemoOptions(project or find_project(), work.resolve(), fast))
     try:
         summary = scenario.run()
@@ -77,5 +80,10 @@ def demo(fast: bool, out: Path | None, work: Path, project: Path | None, as_json
 
 
 def _as_interrupt(number: int, frame: FrameType | None) -> None:
-    """A demo that is told to stop takes its processes with it."""
+    """A demo that is told to stop, or whose terminal is closed, takes its processes with it.
+
+    Whatever closed the terminal may signal again: the first time decides, the rest must not cut the clean-up short.
+    """
+    for other in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(other, signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -6,6 +6,7 @@ checks at the end is what it promises at the beginning.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import shutil
@@ -30,7 +31,7 @@ from slmops.cli.rollout.printing import print_rollout, progress_line
 from slmops.cli.server.run import READY
 from slmops.client import ControlPlane
 from slmops.client.records import RolloutDetail
-from slmops.core.errors import BugError, DeadlineError, GateError
+from slmops.core.errors import BugError, BusyError, DeadlineError, GateError, NotFoundError
 from slmops.core.rollout.machine import ENDED
 from slmops.release import Workspace, create_release, init_keys, open_bundle, publish
 
@@ -70,6 +71,16 @@ class Scenario:
     def __post_init__(self) -> None:
         """Lay out the work folder; what an earlier run rolled out is removed, what it built is kept."""
         work = self.options.work
+        work.mkdir(parents=True, exist_ok=True)
+        self._lock = (work / "demo.lock").open("w", encoding="ascii")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise BusyError(
+                f"another demo is running in {work}",
+                hint="stop it with Ctrl-C first, or give this one a folder of its own: slmops demo --work DIR",
+            ) from error
         self._run = work / "run"
         shutil.rmtree(self._run, ignore_errors=True)
         self._run.mkdir(parents=True)
@@ -112,6 +123,11 @@ class Scenario:
     def _make_dataset(self) -> None:
         data = self.options.project / "data"
         script = self.options.project / "make_dataset.py"
+        if not script.is_file():
+            raise NotFoundError(
+                f"{script} is missing: --project is no project that the demo knows how to feed",
+                hint="leave --project away, or copy examples/home-intents as a whole",
+            )
         subprocess.run(
             [sys.executable, str(script), "--out", str(data)], check=True, stdout=subprocess.DEVNULL
         )
@@ -368,6 +384,7 @@ class Scenario:
         if self._plane is not None:
             self._plane.close()
         self._processes.stop_all()
+        self._lock.close()
 
     def _say(self, title: str) -> None:
         click.secho(f"\n{title}  [{time.monotonic() - self.began:.0f} s]", bold=True)

@@ -6,17 +6,28 @@ import fcntl
 import os
 from pathlib import Path
 
-from slmops.core.errors import BusyError, UsageError
+from slmops.core.errors import BusyError, NotFoundError, UsageError
+
+#: inside a data folder; ``slmops keys init`` makes it
+ONLINE_KEY = Path("keys") / "online.pem"
 
 
 def open_folder(folder: Path) -> Path:
-    """Make the data folder private to this user.
+    """Open a control plane's data folder, and make it private to this user.
+
+    A folder without a control plane's key is somebody else's, or a mistyped name: it is left exactly as it is.
 
     Raises:
-        UsageError: it cannot be made or belongs to somebody else.
+        NotFoundError: no control plane lives there.
+        UsageError: it belongs to somebody else.
     """
+    key = folder / ONLINE_KEY
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not key.is_file():
+            raise NotFoundError(
+                f"{key} is missing: nobody has made the keys of this control plane yet",
+                hint=f"run: slmops keys init --server-data {folder}",
+            )
         folder.chmod(0o700)
     except OSError as error:
         raise UsageError(
