@@ -11,7 +11,13 @@ from tests.support.control_plane import FACTS, MiB, SimDevice, VariantSpec, blue
 from tests.support.simulated_fleet import APPROVER, OPERATOR, World, world
 
 from slmops.core.device.machine import Failure
-from slmops.core.errors import DocumentError, IllegalTransitionError, NotFoundError, PermissionDeniedError
+from slmops.core.errors import (
+    ConflictError,
+    DocumentError,
+    IllegalTransitionError,
+    NotFoundError,
+    PermissionDeniedError,
+)
 from slmops.protocol.messages import Assignment
 
 CONTENT = Failure("content", "golden.committed_pack", "lost 1 of 1 answers")
@@ -389,3 +395,23 @@ def test_prompts_are_part_of_the_assignment(tmp_path: Path) -> None:
         assert second.serving is not None
         assert second.serving.system_prompt == "default"
         assert [prompt.name for prompt in second.prompts] == ["default"]
+
+
+def test_an_empty_first_wave_is_refused_and_leaves_nothing_behind(plane: World) -> None:
+    """It could never pass; once a device is in it, the same text is applied."""
+    plane.enroll(3)
+    source = blueprint(version="1.0.0", waves='[{selector: "canary = always"}, {limit: 100%}]')
+    with pytest.raises(ConflictError, match=r"first wave .* has no device"):
+        plane.apply(source)
+    assert plane.services.blueprints.records() == []
+    plane.services.fleet.set_labels(OPERATOR, plane.devices[0].name, {"canary": "always"})
+    assert plane.until_ended(plane.apply(source)).phase == "completed"
+
+
+def test_a_plan_says_who_would_refuse_to_go_back(plane: World) -> None:
+    plane.enroll(2)
+    plane.publish("1.1.0", 2)
+    plane.until_ended(plane.apply(blueprint(version="1.1.0")))
+    planned = plane.services.blueprints.plan(OPERATOR, blueprint(version="1.0.0"), "blueprint.yaml")
+    (note,) = [note for note in planned.notes if "will refuse" in note]
+    assert "(1.1.0)" in note and "1.0.0" in note

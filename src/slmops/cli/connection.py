@@ -49,11 +49,15 @@ def connect(server: str, token_file: Path | None) -> ControlPlane:
     if not token:
         try:
             token = path.read_text(encoding="ascii").strip()
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise TokenError(
                 f"no operator token: SLMOPS_TOKEN is not set and {path} cannot be read",
                 hint="make one on the server: slmops server token create --role operator > ~/.config/slmops/token",
             ) from error
+    if not token.isascii():
+        raise TokenError(
+            "the operator token has characters that no token has", hint="copy it again, without quotes"
+        )
     return ControlPlane(server, token)
 
 

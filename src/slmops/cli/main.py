@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
+from typing import NoReturn
 
 import click
 
 from slmops.cli.output import print_error
-from slmops.core.errors import EXIT_BUG, EXIT_USAGE, SlmopsError
+from slmops.core.errors import EXIT_BUG, EXIT_USAGE, SlmopsError, UsageError
 
 #: noun -> where its group lives; a noun whose extra is not installed says so when it is used
 NOUNS: dict[str, tuple[str, str]] = {
@@ -40,6 +42,10 @@ _EXTRAS = {
     "xllamacpp": "llama-cpp",
     "hassil": "demo",
 }
+
+
+#: a path that somebody gave and that this user may not use, or that is no folder
+_NOT_OURS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST})
 
 
 class _LazyNouns(click.Group):
@@ -90,7 +96,10 @@ def main(arguments: list[str] | None = None) -> None:
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:
-        error.show()
+        if "--json" in arguments:
+            print_error(UsageError(error.format_message(), hint="see --help"), as_json=True)
+        else:
+            error.show()
         sys.exit(EXIT_USAGE)
     except SlmopsError as error:
         print_error(error, as_json="--json" in arguments)
@@ -100,19 +109,25 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `slmops ... | head` is no error
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in _NOT_OURS or error.filename is None:
+            _say_bug(error)
+        refused = UsageError(f"{error.filename}: {error.strerror}", hint="choose a path that you may use")
+        print_error(refused, as_json="--json" in arguments)
+        sys.exit(EXIT_USAGE)
     except Exception as error:  # the last resort: say that it is our fault, and keep the traceback
-        click.echo(
-            f"error[bug]: {type(error).__name__}: {error}\n  this is a bug in slmops: please report it with the traceback below",
-            err=True,
-        )
-        _show_traceback(error)
-        sys.exit(EXIT_BUG)
+        _say_bug(error)
 
 
-def _show_traceback(error: BaseException) -> None:
+def _say_bug(error: BaseException) -> NoReturn:
     import traceback  # noqa: PLC0415 - only for bugs
 
+    click.echo(
+        f"error[bug]: {type(error).__name__}: {error}\n  this is a bug in slmops: please report it with the traceback below",
+        err=True,
+    )
     traceback.print_exception(error)
+    sys.exit(EXIT_BUG)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,35 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.Capture
     assert "Usage" in err or "Error" in err
 
 
+def test_wrong_usage_is_json_when_json_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = _run(capsys, "release", "create", "--json")
+    assert code == 2 and out == ""
+    assert "BUILD" in json.loads(err)["error"]["message"]
+
+
+def test_a_path_that_may_not_be_used_is_no_bug(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file where a folder is needed stands for every folder that this user may not write to, root or not."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SLMOPS_PASSPHRASE", "for this test")
+    keys = ("--keys", str(tmp_path / "keys"))
+    code, _, err = _run(capsys, "keys", "init", "--server-data", str(tmp_path / "file" / "data"), *keys)
+    assert code == 2
+    assert "bug" not in err and str(tmp_path / "file") in err
+
+
+@pytest.mark.parametrize("verb", ["plan", "apply"])
+def test_a_blueprint_that_is_not_utf8_is_a_named_error(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLMOPS_TOKEN", "slm_test")
+    (tmp_path / "b.yaml").write_bytes(b"kind: \xff\xfe")
+    code, _, err = _run(capsys, "blueprint", verb, "-f", str(tmp_path / "b.yaml"))
+    assert code == 2
+    assert "error[usage.document]" in err and "UTF-8" in err
+
+
 def test_an_unenrolled_folder_says_how_to_enrol(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = _run(capsys, "agent", "status", "--dir", str(tmp_path))
     assert code == 2
@@ -96,6 +125,14 @@ def test_no_token_is_exit_code_4(
     code, _, err = _run(capsys, "device", "list")
     assert code == 4
     assert "slmops server token create" in err
+
+
+def test_a_token_with_odd_characters_is_exit_code_4(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLMOPS_TOKEN", "slm_“quoted”")
+    code, _, err = _run(capsys, "device", "list")
+    assert code == 4 and "copy it again" in err
 
 
 def test_an_unreachable_control_plane_is_exit_code_75(

@@ -60,6 +60,12 @@ def enroll_command(
     if not host or not port.isdigit():
         raise UsageError(f"--listen {listen!r} is not HOST:PORT", hint="write --listen 127.0.0.1:8421")
     known = BUILTIN_PROFILES.get(profile)
+    if known is None:
+        click.echo(
+            f"note: {profile!r} is none of the built-in profiles ({', '.join(BUILTIN_PROFILES)}): selectors must name it "
+            "exactly like this, and its memory limit is this machine's unless --ram-limit-bytes is given",
+            err=True,
+        )
     config = enroll(
         EnrollOptions(
             directory=directory,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from slmops.cli.blueprint.document import file_option, print_plan
+from slmops.cli.blueprint.document import file_option, print_plan, read_blueprint
 from slmops.cli.connection import connect, json_option, with_server
 from slmops.cli.output import print_json
 
@@ -23,7 +23,7 @@ def apply(file: Path, server: str, token_file: Path | None, as_json: bool) -> No
       slmops blueprint apply -f examples/home-intents/blueprint.yaml
     """
     with connect(server, token_file) as plane:
-        applied = plane.apply_blueprint(file.read_text(encoding="utf-8"), str(file))
+        applied = plane.apply_blueprint(read_blueprint(file), str(file))
     if as_json:
         print_json(applied)
         return

@@ -8,6 +8,21 @@ import click
 
 from slmops.cli.output import megabytes, print_table
 from slmops.client.records import BlueprintPlan
+from slmops.core.errors import DocumentError
+
+
+def read_blueprint(file: Path) -> str:
+    """The file's text.
+
+    Raises:
+        DocumentError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DocumentError(
+            f"{file}: cannot be read as UTF-8 text: {error}", hint="save the blueprint as UTF-8"
+        ) from error
 
 
 def print_plan(planned: BlueprintPlan) -> None:

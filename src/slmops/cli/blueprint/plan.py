@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from slmops.cli.blueprint.document import file_option, print_plan
+from slmops.cli.blueprint.document import file_option, print_plan, read_blueprint
 from slmops.cli.connection import connect, json_option, with_server
 from slmops.cli.output import print_json
 
@@ -23,5 +23,5 @@ def plan(file: Path, server: str, token_file: Path | None, as_json: bool) -> Non
       slmops blueprint plan -f blueprint.yaml
     """
     with connect(server, token_file) as plane:
-        planned = plane.plan_blueprint(file.read_text(encoding="utf-8"), str(file))
+        planned = plane.plan_blueprint(read_blueprint(file), str(file))
     print_json(planned) if as_json else print_plan(planned)

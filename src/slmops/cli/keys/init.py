@@ -29,7 +29,9 @@ def init(server_data: Path, keys_folder: Path | None, as_json: bool) -> None:
     Example:
       slmops keys init --server-data /var/lib/slmops
     """
-    report = init_keys(workspace_of(keys_folder), server_data, ask_passphrase(), datetime.now(timezone.utc))
+    report = init_keys(
+        workspace_of(keys_folder), server_data, ask_passphrase(new=True), datetime.now(timezone.utc)
+    )
     if as_json:
         print_json(report)
         return

@@ -9,9 +9,9 @@ import click
 from slmops.release import Workspace, read_passphrase
 
 
-def ask_passphrase() -> str:
-    """The passphrase from SLMOPS_PASSPHRASE, else asked for; never from the command line."""
-    return read_passphrase(lambda prompt: click.prompt(prompt, hide_input=True))
+def ask_passphrase(*, new: bool = False) -> str:
+    """The passphrase from SLMOPS_PASSPHRASE, else asked for (a new one twice); never from the command line."""
+    return read_passphrase(lambda prompt: click.prompt(prompt, hide_input=True, confirmation_prompt=new))
 
 
 def workspace_of(folder: Path | None) -> Workspace:

@@ -64,6 +64,7 @@ class ChunkDirectory:
             raise UsageError(
                 f"{sha256!r} is not a SHA-256 in lower-case hex", hint="name a blob by its digest"
             )
+        self._folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self._folder).free
         if (expected_bytes or 0) + self._reserve_bytes > free:
             raise NoSpaceError(
@@ -81,7 +82,7 @@ class ChunkDirectory:
 
 def not_here(sha256: str) -> NotFoundError:
     """The error for a blob that the store does not have."""
-    return NotFoundError(f"no blob has sha256 {sha256}", hint="upload it: slmops release create does")
+    return NotFoundError(f"no blob has sha256 {sha256}", hint="upload it: slmops release publish does")
 
 
 def _pieces(file: IO[bytes], offset: int, length: int | None) -> Iterator[bytes]:
@@ -111,8 +112,9 @@ class DirectoryUpload:
         self._temporary: Path | None = None
 
     def __enter__(self) -> DirectoryUpload:
-        """Open the temporary file."""
+        """Open the temporary file; somebody may have removed the folder meanwhile, and blobs can be sent again."""
         try:
+            self._incoming.mkdir(parents=True, exist_ok=True)
             descriptor, name = tempfile.mkstemp(dir=self._incoming)
         except OSError as error:
             if error.errno in FULL:

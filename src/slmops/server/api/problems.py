@@ -57,9 +57,9 @@ _OF_STATUS = {
     404: (
         "usage.not_found",
         "No such route",
-        "docs/reference/http.md lists the routes; /openapi.json describes them",
+        "GET /openapi.json lists the routes",
     ),
-    405: ("usage.method", "Method not allowed here", "docs/reference/http.md lists the routes"),
+    405: ("usage.method", "Method not allowed here", "GET /openapi.json lists the routes"),
     416: ("usage.range", "Range cannot be satisfied", "ask for a range inside the blob"),
 }
 

@@ -117,6 +117,6 @@ def promote(model: str, version: str, wanted: ChannelWanted, services: Served, c
 def _too_large(size_bytes: int) -> UsageError:
     return UsageError(
         f"blob has {size_bytes} bytes or more, {MAX_BLOB_BYTES} are allowed",
-        hint="artifacts are uploaded in chunks: slmops release create does",
+        hint="artifacts are uploaded in chunks: slmops release publish does",
         allowed_bytes=MAX_BLOB_BYTES,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slmops.client.records import (
@@ -14,7 +15,7 @@ from slmops.client.records import (
     Promotion,
     RefusedVariant,
 )
-from slmops.core.errors import NotFoundError, UsageError
+from slmops.core.errors import ConflictError, NotFoundError, UsageError
 from slmops.core.rollout.machine import ENDED, Phase
 from slmops.server.ports.rows import BlueprintRow, ChannelRow, DeviceRow, RolloutRow
 from slmops.server.ports.store import Store, Transaction
@@ -87,6 +88,7 @@ class Blueprints:
                 elif draft.release is None:
                     rollout_id = ""
                 else:
+                    _require_first_wave(draft)
                     self._rollouts.birth(
                         tx, caller, rollout_id, draft.plan, revision, draft.release, draft.cohort
                     )
@@ -184,7 +186,10 @@ class Blueprints:
             holdback=laid_out.holdback,
             choices=tuple(choices),
             supersedes=supersedes,
-            notes=tuple(_notes(plan, release, laid_out.waves, choices)),
+            notes=(
+                *_notes(plan, release, laid_out.waves, choices),
+                *(() if release is None else _downgrade_notes(tx, release, cohort)),
+            ),
         )
         return _Draft(plan, release, cohort, current, latest, record)
 
@@ -247,6 +252,20 @@ class Blueprints:
             return [_record(tx, row) for row in rows]
 
 
+def _require_first_wave(draft: _Draft) -> None:
+    """Refuse a rollout that could never leave its first wave: an empty one proves nothing, so nothing may follow it.
+
+    Raises:
+        ConflictError: the selector has devices, the first wave none of them.
+    """
+    waves = draft.record.waves
+    if waves and not waves[0].devices and any(wave.devices for wave in waves):
+        raise ConflictError(
+            f"the first wave ({waves[0].rule}) has no device: it would prove nothing, and the rollout could not go on",
+            hint="put a device into it (slmops device label DEVICE canary=always), or change the blueprint's first wave",
+        )
+
+
 def _record(tx: Transaction, row: BlueprintRow) -> BlueprintRecord:
     blueprint = remembered_plan(row.source).blueprint
     latest = next(
@@ -270,6 +289,26 @@ def _record(tx: Transaction, row: BlueprintRow) -> BlueprintRecord:
         source_name=row.source_name,
         rollout_id="" if latest is None else latest.id,
     )
+
+
+def _downgrade_notes(tx: Transaction, release: OpenRelease, cohort: Sequence[DeviceRow]) -> list[str]:
+    """Devices that run a newer release of the same model: they will refuse this one."""
+    ahead = []
+    for device in cohort:
+        current = tx.devices.assigned(device.running) if device.running else None
+        row = None if current is None else tx.releases.get(current.release_sha256)
+        if (
+            row is not None
+            and row.model == release.release.model
+            and row.release_seq > release.release.release_seq
+        ):
+            ahead.append(f"{device.id} ({row.version})")
+    if not ahead:
+        return []
+    return [
+        f"{', '.join(ahead[:5])}{' and others' if len(ahead) > 5 else ''} run a newer release and will refuse "
+        f"{release.release.version}: to go back, roll the newer rollout back, or sign the older content again as a new version"
+    ]
 
 
 def _notes(

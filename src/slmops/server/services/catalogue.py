@@ -137,7 +137,7 @@ class Catalogue:
             shown = ", ".join(digest[:12] for digest in missing[:3])
             raise UsageError(
                 f"the release is not complete: {len(missing)} blobs were not uploaded ({shown} ...)",
-                hint="ask POST /v1/blobs/missing and upload them first; slmops release create does",
+                hint="ask POST /v1/blobs/missing and upload them first; slmops release publish does",
                 missing=len(missing),
                 first=missing[0],
             )
