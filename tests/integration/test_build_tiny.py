@@ -20,7 +20,7 @@ from tests.support.control_plane import running_plane
 from tests.support.tiny_project import SMALL_EVALUATION, make_tiny_project
 
 from slmops.artifact.chunkmap import decode_chunk_map
-from slmops.artifact.digest import sha256_hex
+from slmops.artifact.digest import digest_of, sha256_hex
 from slmops.artifact.gguf_layout import parse_gguf
 from slmops.artifact.manifest import GoldenExpectations, GoldenPack, decode
 from slmops.build import BuildResult, StepEvent, describe, diff, load_build, run_build
@@ -134,6 +134,39 @@ def test_choices_are_verified_and_repaired(built: Built, tmp_path: Path) -> None
     assert variant["ways"]["feedback"] > 0
     plain = json.loads((built.out / "evidence.json").read_bytes())["variants"][0]
     assert plain["verified"] is None
+
+
+def test_speed_is_a_second_price(built: Built, tmp_path: Path) -> None:
+    """A table in which one type is fast: asked for a speed that only it reaches, the choice takes it; the evidence says so."""
+    table = {"machine": "lab", "seconds_per_weight": {"Q4_0": 1e-9, "Q5_0": 9e-9, "Q8_0": 9e-9, "Q6_K": 9e-9}}
+    (built.recipe.parent / "speeds.json").write_text(json.dumps(table))
+    search = {**yaml.safe_load(built.recipe.read_text())["search"], "speed": "speeds.json"}
+    targets = [{"profile": "pi5-8gb", "budget": {"artifact_bytes": "170kB", "decode_tps": 4000}}]
+    recipe = built.changed_recipe("fast.yaml", search=search, targets=targets)
+    result = built.again(tmp_path / "fast", recipe)
+    (variant,) = json.loads((result.folder / "evidence.json").read_bytes())["variants"]
+    assert variant["speed"]["machine"] == "lab" and variant["speed"]["met"]
+    assert variant["speed"]["predicted_decode_tps"] >= 4000
+    before = built.result.build.variants[1].quantised
+    assert result.build.variants[0].quantised.get("Q4_0", 0) > before.get("Q4_0", 0)
+
+
+def test_the_speed_of_types_is_measured(built: Built, tmp_path: Path) -> None:
+    """By the engine's own bench, here, and recorded as an input of the choice."""
+    search = {
+        **yaml.safe_load(built.recipe.read_text())["search"],
+        "speed": "measure",
+        "types": ["Q4_0", "Q8_0"],
+    }
+    recipe = built.changed_recipe("measured.yaml", search=search)
+    result = built.again(tmp_path / "measured", recipe, ["pi5-8gb"])
+    (variant,) = json.loads((result.folder / "evidence.json").read_bytes())["variants"]
+    assert variant["speed"]["predicted_decode_tps"] > 0
+    table = json.loads((result.folder / "evidence.json").read_bytes())["speed_table"]
+    assert set(table["seconds_per_weight"]) == {"Q4_0", "Q8_0"}
+    provenance = json.loads((result.folder / "provenance.json").read_bytes())
+    (step,) = [step for step in provenance["steps"] if step["name"] == "speed of types"]
+    assert step["value_sha256"] == digest_of(table)
 
 
 def test_another_budget_is_an_assembly(built: Built, tmp_path: Path) -> None:

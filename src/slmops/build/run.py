@@ -37,6 +37,7 @@ from slmops.build.plan import (
     LIKELIHOOD_REFERENCE,
     PACK,
     SPARSITY,
+    SPEEDS,
     Plan,
     ReadRecipe,
     make_plan,
@@ -343,6 +344,8 @@ def _evidence(
                 "figures": _figures(read, target, results, items),
                 "expected_kld": choice["expected_kld"],
                 "verified": _verified(results, target),
+                "speed": choice["speed"],
+                "memory": choice["memory"],
                 "ways": results[of_target("quantise", target)].value["ways"],
                 "quantised": variant.quantised,
                 "fallbacks": results[of_target("quantise", target)].value["fallbacks"],
@@ -368,6 +371,7 @@ def _evidence(
         "golden": {**results[PACK].value, "reference": results[GOLDEN_REFERENCE].value["scores"]},
         "damage": results[of_target("choose", plan.targets[0])].value["damage"],
         "sensitivity": results[of_target("choose", plan.targets[0])].value["sensitivity"],
+        "speed_table": results[SPEEDS].value if SPEEDS in results else None,
         "variants": rows,
     }
 
@@ -386,7 +390,7 @@ def _provenance(
 
     def record(step: Step) -> dict[str, Any]:
         result = results[step.name]
-        measured = step.exclusive or step.name.startswith("expectations")
+        measured = (step.exclusive and step.name != SPEEDS) or step.name.startswith("expectations")
         outputs = {name: file.sha256 for name, file in sorted(result.files.items())}
         return {
             "name": step.name,
