@@ -147,6 +147,15 @@ def test_speed_is_a_second_price(built: Built, tmp_path: Path) -> None:
     (variant,) = json.loads((result.folder / "evidence.json").read_bytes())["variants"]
     assert variant["speed"]["machine"] == "lab" and variant["speed"]["met"]
     assert variant["speed"]["predicted_decode_tps"] >= 4000
+    plain = built.changed_recipe("plain.yaml", targets=targets)
+    given = run_build(
+        plain,
+        tmp_path / "given",
+        cache_dir=built.cache,
+        workers=0,
+        speed_table=built.recipe.parent / "speeds.json",
+    )
+    assert given.build.variants[0].model.sha256 == result.build.variants[0].model.sha256
     before = built.result.build.variants[1].quantised
     assert result.build.variants[0].quantised.get("Q4_0", 0) > before.get("Q4_0", 0)
 

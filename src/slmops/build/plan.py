@@ -14,7 +14,7 @@ those cuts, and how far the unquantised reference is from it.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 from slmops.artifact.digest import sha256_hex
 from slmops.build.files import sha256_of_file
 from slmops.build.graph import Output, SourceFile, Step
-from slmops.build.speeds import TABLE
+from slmops.build.speeds import TABLE, read_table
 from slmops.build.weight_plan import Weights, plan_weights
 from slmops.core.device.profile import BUILTIN_PROFILES, DeviceProfile
 from slmops.core.errors import BaseModelError, DigestError, DocumentError, NotFoundError
@@ -130,6 +130,19 @@ def read_recipe(path: Path) -> ReadRecipe:
                 hint=f"one of {', '.join(known)}, or add a kind: DeviceProfile document to the recipe's file",
             )
     return ReadRecipe(recipe, folder, sha256_hex(content), known, _sources(recipe, folder))
+
+
+def with_speed_table(read: ReadRecipe, path: Path) -> ReadRecipe:
+    """The recipe with another machine's speed table.
+
+    Raises:
+        DocumentError: the file is no speed table.
+    """
+    read_table(path)
+    search = read.recipe.search.model_copy(update={"speed": str(path)})
+    source = SourceFile(path.absolute(), sha256_of_file(path))
+    recipe = read.recipe.model_copy(update={"search": search})
+    return replace(read, recipe=recipe, sources={**read.sources, "speed": source})
 
 
 def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Evaluation) -> Plan:

@@ -44,6 +44,7 @@ from slmops.build.plan import (
     of_target,
     read_recipe,
     serving_of,
+    with_speed_table,
 )
 from slmops.build.runner import run_steps
 from slmops.build.shipped import MEASURING, check_shipped
@@ -87,6 +88,7 @@ def run_build(  # noqa: PLR0913 - each is an option of the command line
     evaluation: Evaluation | None = None,
     progress: Progress = lambda event: None,
     workers: int = 2,
+    speed_table: Path | None = None,
 ) -> BuildResult:
     """Build a recipe's variants, measure them, judge them, and write the build directory.
 
@@ -101,12 +103,15 @@ def run_build(  # noqa: PLR0913 - each is an option of the command line
         evaluation: replaces the recipe's.
         progress: called from this thread with every event.
         workers: step processes at once; 0 runs all steps in this process.
+        speed_table: how fast each type is on another machine, instead of the recipe's ``search.speed``.
 
     Raises:
         SlmopsError: see the package's docstring; steps that ended well stay cached.
     """
     began_s = time.monotonic()
     read = read_recipe(recipe_path)
+    if speed_table is not None:
+        read = with_speed_table(read, speed_table)
     asked = evaluation or read.recipe.evaluation
     allowed = read.recipe.task.allow_overlap
     seen = check_never_seen(read.sources, allowed.reason if allowed else None)
