@@ -34,8 +34,8 @@ USES = (
 )
 #: metadata of the reference that is not true of a variant with mixed types
 DROPPED: dict[str, int | None] = {"general.file_type": None}
-#: how far measured damage corrects predictions: half-way, and for other readings of the tables not at all and fully
-CORRECTION, CORRECTIONS = 0.5, (0.0, 1.0)
+#: how far measured damage corrects predictions: most of the way, and for other readings of the tables not at all and fully
+CORRECTION, CORRECTIONS = 0.75, (0.0, 1.0)
 #: cache types that are compared where memory is the bound; contexts are not halved below this
 KV_CHOICES, LEAST_CONTEXT = ("f16", "q8_0", "q4_0"), 256
 _SHOWN_TENSORS = 4
