@@ -166,6 +166,7 @@ class World:
             "text": self.held_out,
             "ids": Output("reference", "ids.npy"),
             "logprobs": Output("reference", "logprobs.npy"),
+            "mass": Output("reference", "tail-mass.npy"),
         }
         return [Step(f"compare {name}", "slmops.build.steps.divergence:compare", given)]
 

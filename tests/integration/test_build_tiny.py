@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -118,6 +119,28 @@ def test_the_directory_holds_what_its_index_says(built: Built) -> None:
     small, large = build.variants
     assert large.measured.kld_mean <= small.measured.kld_mean + 1e-6
     assert (built.out / "prompts" / "default").read_bytes() == b"Answer in JSON."
+
+
+def test_the_evidence_says_what_the_search_rests_on(built: Built) -> None:
+    """Gradients where torch is installed, else measured damage and why; and how well predictions rank what was measured."""
+    sensitivity = json.loads((built.out / "evidence.json").read_bytes())["sensitivity"]
+    if importlib.util.find_spec("torch"):
+        assert sensitivity["method"] == "kfac"
+        assert "gradients" in {step.name for step in built.result.build.steps}
+    else:
+        assert sensitivity["method"] == "measured damage"
+        assert "torch" in sensitivity["reason"]
+    assert -1 <= sensitivity["rank_correlation"] <= 1
+    assert sensitivity["measured_groups"] >= 3
+
+
+def test_insisting_on_gradients_without_torch_is_refused(built: Built, tmp_path: Path) -> None:
+    """Before any work, by name."""
+    if importlib.util.find_spec("torch"):
+        pytest.skip("torch is installed here")
+    search = {**yaml.safe_load(built.recipe.read_text())["search"], "sensitivity": "kfac"}
+    with pytest.raises(DocumentError, match="torch"):
+        built.again(tmp_path / "kfac", built.changed_recipe("kfac.yaml", search=search))
 
 
 def test_choices_are_verified_and_repaired(built: Built, tmp_path: Path) -> None:
