@@ -47,7 +47,7 @@ SEARCH = Search(probe_tokens=256, sample_rows=48)
 PARITY = 0.80
 PICTURE = FOLDER / "quantise.svg"
 #: types with kernels that llama.cpp rearranges for the CPU
-FAST = ("Q4_0", "IQ4_NL", "Q8_0")
+FAST = ("IQ4_NL", "Q8_0")
 
 
 @dataclass(frozen=True)
@@ -179,10 +179,10 @@ class World:
 
         return run_steps([*self.steps, *steps], self.cache, progress=show, workers=1).results
 
-    def stock(self, imatrix: Path) -> dict[str, Path]:
+    def stock(self, recipes: tuple[str, ...], imatrix: Path) -> dict[str, Path]:
         """llama.cpp's recipes as files."""
         files = {}
-        for recipe in STOCK:
+        for recipe in recipes:
             files[recipe] = self.folder / f"stock-{recipe}.gguf"
             if not files[recipe].is_file():
                 write_stock(recipe, self.model, imatrix, files[recipe])
@@ -219,16 +219,19 @@ def measured(world: World, results: Any, name: str, path: Path, types: dict[str,
     )
 
 
-def compare(world: World, rounded: tuple[str, ...] = ()) -> tuple[list[Measured], dict[str, Path]]:
+def compare(
+    world: World, recipes: tuple[str, ...], rounded: tuple[str, ...] = ()
+) -> tuple[list[Measured], dict[str, Path]]:
     """Stock recipes, ours at their bytes, and ours at 0.8 x Q4_K_M: all judged."""
     results = world.run([])
-    stock = world.stock(world.cache.path(results["imatrix"].files["imatrix.npz"].sha256))
+    imatrix = world.cache.path(results["imatrix"].files["imatrix.npz"].sha256)
+    stock = world.stock(recipes, imatrix)
     steps: list[Step] = []
     for recipe, path in stock.items():
         steps += world.judged(f"stock {recipe}", _source(path))
     sizes = {recipe: path.stat().st_size for recipe, path in stock.items()}
     less = int(PARITY * sizes["Q4_K_M"])
-    for recipe in STOCK:
+    for recipe in recipes:
         steps += world.ours(f"ours at {recipe}", sizes[recipe])
     steps += world.ours("ours at 0.8 Q4_K_M", less) + world.ours("ours at 0.8 Q4_K_M, fast types", less, FAST)
     for recipe in rounded:
@@ -268,6 +271,8 @@ def promises(table: list[Measured], speeds: dict[str, list[float]], case: str = 
         ("Q3_K_M", None),
         ("Q2_K", None),
     ):
+        if f"stock {recipe}" not in kld:
+            continue
         ours, peer = kld[f"ours at {recipe}"], kld[f"stock {recipe}"]
         rows.append(
             result(
@@ -324,9 +329,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of the speed measurement; 0 for none")
     parser.add_argument("--second", action="store_true", help="also Gemma 3 270M, without torch")
     parser.add_argument("--rounded", action="store_true", help="also without error feedback")
+    parser.add_argument(
+        "--recipes", nargs="+", choices=STOCK, default=STOCK, help="peers; Q4_K_M and Q4_0 are always there"
+    )
     options = parser.parse_args()
+    recipes = tuple(r for r in STOCK if r in {*options.recipes, "Q4_K_M", "Q4_0"})
     world = World("smollm2", off_grid(), SEARCH, options.tokens)
-    table, files = compare(world, ("Q4_K_M", "Q4_0") if options.rounded else ())
+    table, files = compare(world, recipes, ("Q4_K_M", "Q4_0") if options.rounded else ())
     timed = ("stock Q4_K_M", "stock Q4_0", "ours at 0.8 Q4_K_M", "ours at 0.8 Q4_K_M, fast types")
     speeds = speed({name: files[name] for name in timed}, options.rounds) if options.rounds else {}
     show(table, speeds)
@@ -341,7 +350,7 @@ def main() -> None:
             SEARCH.model_copy(update={"sensitivity": "measured"}),
             options.tokens // 2,
         )
-        other, _ = compare(second)
+        other, _ = compare(second, recipes)
         show(other, {})
         rows += promises(other, {}, "Gemma 3 270M, without torch: ")
     PICTURE.write_text(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,7 +48,7 @@ class Space:
 
     Attributes:
         names: of the quantisable tensors; ``table``: their options, in the same order.
-        sizes: tensor to type to bytes; ``fixed_bytes``: of everything else in the file.
+        sizes: tensor to type to bytes, of types whose loss is known, and F16; ``fixed_bytes``: of everything else in the file.
         shape: of the model; ``header_bytes``: before its tensors.
         sensitivity: what the losses rest on.
     """
@@ -85,12 +86,16 @@ def choose(context: StepContext) -> dict[str, Any]:
         least_of = {name: min(space.sizes[name].values()) for name in space.names}
         raise _too_small(params, allowed, least_bytes, space.fixed_bytes, least_of)
     choice, took_s = found
+    bound = min(allowed, key=lambda name: allowed[name])
+    if budget_s < math.inf:
+        free = solve(space.table, budget_bytes - space.fixed_bytes)
+        bound = "decode_tps" if free is not None and free.picks != choice.picks else bound
     picked = zip(space.names, space.table, choice.picks, strict=True)
     return {
         "types": {name: row[pick].name for name, row, pick in picked},
         "size_bytes": space.fixed_bytes + choice.size_bytes,
         "budget_bytes": budget_bytes,
-        "bound": min(allowed, key=lambda name: allowed[name]),
+        "bound": bound,
         "smallest_bytes": least_bytes,
         "expected_kld": choice.loss,
         "undone_kld": space.sensitivity.undone,
@@ -169,7 +174,9 @@ def space_of(
     whole_bytes = file_bytes(model, [kept(model, t) for t in model.layout.tensors], DROPPED)
     sizes = {
         t.name: {
-            name: padded(tensor_bytes(name, t.shape)) for name in [*params["types"], "F16"] if fits(name, t)
+            name: padded(tensor_bytes(name, t.shape))
+            for name in [*params["types"], "F16"]
+            if fits(name, t) and (name == "F16" or name in sensitivity.losses[t.name])
         }
         for t in tensors
     }
