@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from tests.support.control_plane import running_plane
 from tests.support.tiny_project import SMALL_EVALUATION, make_tiny_project
 
 from slmops.artifact.chunkmap import decode_chunk_map
-from slmops.artifact.digest import sha256_hex
+from slmops.artifact.digest import digest_of, sha256_hex
 from slmops.artifact.gguf_layout import parse_gguf
 from slmops.artifact.manifest import GoldenExpectations, GoldenPack, decode
 from slmops.build import BuildResult, StepEvent, describe, diff, load_build, run_build
@@ -120,6 +121,28 @@ def test_the_directory_holds_what_its_index_says(built: Built) -> None:
     assert (built.out / "prompts" / "default").read_bytes() == b"Answer in JSON."
 
 
+def test_the_evidence_says_what_the_search_rests_on(built: Built) -> None:
+    """Gradients where torch is installed, else measured damage and why; and how well predictions rank what was measured."""
+    sensitivity = json.loads((built.out / "evidence.json").read_bytes())["sensitivity"]
+    if importlib.util.find_spec("torch"):
+        assert sensitivity["method"] == "kfac"
+        assert "gradients" in {step.name for step in built.result.build.steps}
+    else:
+        assert sensitivity["method"] == "measured damage"
+        assert "torch" in sensitivity["reason"]
+    assert -1 <= sensitivity["rank_correlation"] <= 1
+    assert sensitivity["measured_groups"] >= 3
+
+
+def test_insisting_on_gradients_without_torch_is_refused(built: Built, tmp_path: Path) -> None:
+    """Before any work, by name."""
+    if importlib.util.find_spec("torch"):
+        pytest.skip("torch is installed here")
+    search = {**yaml.safe_load(built.recipe.read_text())["search"], "sensitivity": "kfac"}
+    with pytest.raises(DocumentError, match="torch"):
+        built.again(tmp_path / "kfac", built.changed_recipe("kfac.yaml", search=search))
+
+
 def test_choices_are_verified_and_repaired(built: Built, tmp_path: Path) -> None:
     """With verification the types are the best of what was measured, within the same budget, and the same again."""
     search = {**yaml.safe_load(built.recipe.read_text())["search"], "verify_tokens": 96, "neighbours": 6}
@@ -134,6 +157,48 @@ def test_choices_are_verified_and_repaired(built: Built, tmp_path: Path) -> None
     assert variant["ways"]["feedback"] > 0
     plain = json.loads((built.out / "evidence.json").read_bytes())["variants"][0]
     assert plain["verified"] is None
+
+
+def test_speed_is_a_second_price(built: Built, tmp_path: Path) -> None:
+    """A table in which one type is fast: asked for a speed that only it reaches, the choice takes it; the evidence says so."""
+    table = {"machine": "lab", "seconds_per_weight": {"Q4_0": 1e-9, "Q5_0": 9e-9, "Q8_0": 9e-9, "Q6_K": 9e-9}}
+    (built.recipe.parent / "speeds.json").write_text(json.dumps(table))
+    search = {**yaml.safe_load(built.recipe.read_text())["search"], "speed": "speeds.json"}
+    targets = [{"profile": "pi5-8gb", "budget": {"artifact_bytes": "170kB", "decode_tps": 4000}}]
+    recipe = built.changed_recipe("fast.yaml", search=search, targets=targets)
+    result = built.again(tmp_path / "fast", recipe)
+    (variant,) = json.loads((result.folder / "evidence.json").read_bytes())["variants"]
+    assert variant["speed"]["machine"] == "lab" and variant["speed"]["met"]
+    assert variant["speed"]["predicted_decode_tps"] >= 4000
+    plain = built.changed_recipe("plain.yaml", targets=targets)
+    given = run_build(
+        plain,
+        tmp_path / "given",
+        cache_dir=built.cache,
+        workers=0,
+        speed_table=built.recipe.parent / "speeds.json",
+    )
+    assert given.build.variants[0].model.sha256 == result.build.variants[0].model.sha256
+    before = built.result.build.variants[1].quantised
+    assert result.build.variants[0].quantised.get("Q4_0", 0) > before.get("Q4_0", 0)
+
+
+def test_the_speed_of_types_is_measured(built: Built, tmp_path: Path) -> None:
+    """By the engine's own bench, here, and recorded as an input of the choice."""
+    search = {
+        **yaml.safe_load(built.recipe.read_text())["search"],
+        "speed": "measure",
+        "types": ["Q4_0", "Q8_0"],
+    }
+    recipe = built.changed_recipe("measured.yaml", search=search)
+    result = built.again(tmp_path / "measured", recipe, ["pi5-8gb"])
+    (variant,) = json.loads((result.folder / "evidence.json").read_bytes())["variants"]
+    assert variant["speed"]["predicted_decode_tps"] > 0
+    table = json.loads((result.folder / "evidence.json").read_bytes())["speed_table"]
+    assert set(table["seconds_per_weight"]) == {"Q4_0", "Q8_0"}
+    provenance = json.loads((result.folder / "provenance.json").read_bytes())
+    (step,) = [step for step in provenance["steps"] if step["name"] == "speed of types"]
+    assert step["value_sha256"] == digest_of(table)
 
 
 def test_another_budget_is_an_assembly(built: Built, tmp_path: Path) -> None:

@@ -49,11 +49,16 @@ class Curvature:
     weights: NDArray[np.float32] = field(repr=False)
 
 
-def curvature(hessian: NDArray[np.floating], damping: float = DAMPING) -> Curvature:
-    """Factor H.
+def curvature(hessian: NDArray[np.floating], damping: float = DAMPING, tokens: int = 0) -> Curvature:
+    """Factor H, after drawing it towards its diagonal as far as its estimate is noise.
+
+    H from few tokens shows correlations that are not there, and feeding errors back along those harms: on SmolLM2's ffn_down
+    (1,536 inputs) with 1,024 tokens, feedback without shrinking lost 1.2 to 1.6 times what plain rounding does, with it 0.7 to
+    0.85 times (both on text that H has not seen). The best share was about n / (n + 2 tokens) for 576 inputs and for 1,536.
 
     Args:
         hessian: (n, n), symmetric, positive semidefinite up to rounding.
+        tokens: that H is a mean over; 0 takes it as exact.
         damping: added to the diagonal, in units of its mean; ten times more as often as the factorisation needs it.
 
     Raises:
@@ -66,7 +71,9 @@ def curvature(hessian: NDArray[np.floating], damping: float = DAMPING) -> Curvat
         raise BuildError(
             "the inputs' outer products are not finite", hint="the model computes NaN: check the base"
         )
-    matrix[diagonal <= 0, diagonal <= 0] = 0.0
+    if tokens:
+        matrix *= 1 - len(matrix) / (len(matrix) + 2 * tokens)
+        matrix[np.diag_indices_from(matrix)] = diagonal
     if mean <= 0:
         return Curvature(np.eye(len(matrix), dtype=np.float32), np.ones(len(matrix), dtype=np.float32))
     for attempt in range(_MOST_DAMPINGS):

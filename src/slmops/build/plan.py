@@ -14,7 +14,7 @@ those cuts, and how far the unquantised reference is from it.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from slmops.artifact.digest import sha256_hex
 from slmops.build.files import sha256_of_file
 from slmops.build.graph import Output, SourceFile, Step
+from slmops.build.speeds import TABLE, read_table
 from slmops.build.weight_plan import Weights, plan_weights
 from slmops.core.device.profile import BUILTIN_PROFILES, DeviceProfile
 from slmops.core.errors import BaseModelError, DigestError, DocumentError, NotFoundError
@@ -31,9 +32,12 @@ from slmops.protocol.documents.recipe import Evaluation, Recipe, Search, Target
 
 DAMAGE_PARTS = 2
 PREDICTION_PARTS = 2
+#: ``search.speed``: measure the speed of every type here; else a file with another machine's table
+MEASURE = "measure"
 PROMPT_TOKENS, DECODE_TOKENS = 128, 48
 #: only where the recipe cuts or trains: the model before that, and what the cuts alone cost
 ASKED_PARENT, LIKELIHOOD_REFERENCE, SPARSITY = "answers: dense", "likelihood: unquantised", "sparsity report"
+SPEEDS = "speed of types"
 BASE, TEXT, PACK, ASKED_BASE, ASKED_REFERENCE, DISTRIBUTIONS, GOLDEN_REFERENCE = (
     "base",
     "render text",
@@ -128,6 +132,19 @@ def read_recipe(path: Path) -> ReadRecipe:
     return ReadRecipe(recipe, folder, sha256_hex(content), known, _sources(recipe, folder))
 
 
+def with_speed_table(read: ReadRecipe, path: Path) -> ReadRecipe:
+    """The recipe with another machine's speed table.
+
+    Raises:
+        DocumentError: the file is no speed table.
+    """
+    read_table(path)
+    search = read.recipe.search.model_copy(update={"speed": str(path)})
+    source = SourceFile(path.absolute(), sha256_of_file(path))
+    recipe = read.recipe.model_copy(update={"search": search})
+    return replace(read, recipe=recipe, sources={**read.sources, "speed": source})
+
+
 def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Evaluation) -> Plan:
     """Make the graph.
 
@@ -168,6 +185,10 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
         Step("errors", "slmops.build.steps.sensitivity:errors", {**weights, "base": made.base}, rows)
     )
     steps += _gradient_steps(read, weights, calibration)
+    if search.speed == MEASURE:
+        types = {"types": list(search.types), "repeats": evaluation.bench_repeats}
+        run = "slmops.build.steps.type_speed:measure"
+        steps.append(Step(SPEEDS, run, {"model": reference}, types, exclusive=True))
     variants = {target.profile: Output(of_target("quantise", target), "model.gguf") for target in targets}
     for target in targets:
         choosing = _choose_step(read, target, reference)
@@ -307,6 +328,9 @@ def _choose_step(read: ReadRecipe, target: Target, reference: Output) -> Step:
         "serving": serving_of(read.recipe),
     }
     inputs: dict[str, Output | SourceFile] = {"model": reference, "errors": Output("errors")}
+    if read.recipe.search.speed is not None:
+        params["decode_tps"] = target.budget.decode_tps
+        inputs[TABLE] = read.sources["speed"] if "speed" in read.sources else Output(SPEEDS)
     if read.recipe.search.probe_tokens:
         inputs |= {f"damage-{part + 1}": Output(f"damage {part + 1}") for part in range(DAMAGE_PARTS)}
     if predicts(read.recipe.search):
@@ -465,6 +489,7 @@ def _sources(recipe: Recipe, folder: Path) -> dict[str, SourceFile]:
         "system_prompt": task.system_prompt,
         "train": task.train,
         "scales": recipe.search.scales_from,
+        "speed": None if recipe.search.speed == MEASURE else recipe.search.speed,
     }
     paths |= {
         f"adapter-{index}": step.merge.adapter

@@ -37,12 +37,14 @@ from slmops.build.plan import (
     LIKELIHOOD_REFERENCE,
     PACK,
     SPARSITY,
+    SPEEDS,
     Plan,
     ReadRecipe,
     make_plan,
     of_target,
     read_recipe,
     serving_of,
+    with_speed_table,
 )
 from slmops.build.runner import run_steps
 from slmops.build.shipped import MEASURING, check_shipped
@@ -86,6 +88,7 @@ def run_build(  # noqa: PLR0913 - each is an option of the command line
     evaluation: Evaluation | None = None,
     progress: Progress = lambda event: None,
     workers: int = 2,
+    speed_table: Path | None = None,
 ) -> BuildResult:
     """Build a recipe's variants, measure them, judge them, and write the build directory.
 
@@ -100,12 +103,15 @@ def run_build(  # noqa: PLR0913 - each is an option of the command line
         evaluation: replaces the recipe's.
         progress: called from this thread with every event.
         workers: step processes at once; 0 runs all steps in this process.
+        speed_table: how fast each type is on another machine, instead of the recipe's ``search.speed``.
 
     Raises:
         SlmopsError: see the package's docstring; steps that ended well stay cached.
     """
     began_s = time.monotonic()
     read = read_recipe(recipe_path)
+    if speed_table is not None:
+        read = with_speed_table(read, speed_table)
     asked = evaluation or read.recipe.evaluation
     allowed = read.recipe.task.allow_overlap
     seen = check_never_seen(read.sources, allowed.reason if allowed else None)
@@ -343,6 +349,8 @@ def _evidence(
                 "figures": _figures(read, target, results, items),
                 "expected_kld": choice["expected_kld"],
                 "verified": _verified(results, target),
+                "speed": choice["speed"],
+                "memory": choice["memory"],
                 "ways": results[of_target("quantise", target)].value["ways"],
                 "quantised": variant.quantised,
                 "fallbacks": results[of_target("quantise", target)].value["fallbacks"],
@@ -368,6 +376,7 @@ def _evidence(
         "golden": {**results[PACK].value, "reference": results[GOLDEN_REFERENCE].value["scores"]},
         "damage": results[of_target("choose", plan.targets[0])].value["damage"],
         "sensitivity": results[of_target("choose", plan.targets[0])].value["sensitivity"],
+        "speed_table": results[SPEEDS].value if SPEEDS in results else None,
         "variants": rows,
     }
 
@@ -386,7 +395,7 @@ def _provenance(
 
     def record(step: Step) -> dict[str, Any]:
         result = results[step.name]
-        measured = step.exclusive or step.name.startswith("expectations")
+        measured = (step.exclusive and step.name != SPEEDS) or step.name.startswith("expectations")
         outputs = {name: file.sha256 for name, file in sorted(result.files.items())}
         return {
             "name": step.name,

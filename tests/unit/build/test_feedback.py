@@ -110,3 +110,19 @@ def test_inputs_that_never_vary_or_are_broken() -> None:
     indefinite = np.eye(64)
     indefinite[0, 1] = indefinite[1, 0] = 1.05
     assert np.isfinite(curvature(indefinite).carry).all()
+
+
+def test_few_tokens_do_not_mislead(rows: NDArray[np.float32]) -> None:
+    """Inputs without correlation, seen few times: H shows correlations that are not there, and shrinking keeps them small."""
+    values = np.random.default_rng(6).standard_normal((4000, COLUMNS)).astype(np.float32)
+    few, unseen = values[:200], values[500:]
+    hessian = few.T @ few / len(few)
+
+    def output_error(blob: bytes) -> float:
+        return float(np.square(unseen @ (dequantise_rows("Q4_0", blob, COLUMNS) - rows).T).mean())
+
+    plain = output_error(quantise_rows("Q4_0", rows, np.diag(hessian).copy()))
+    trusting = output_error(quantise_with_feedback("Q4_0", rows, curvature(hessian)))
+    shrunk = output_error(quantise_with_feedback("Q4_0", rows, curvature(hessian, tokens=len(few))))
+    assert shrunk < 0.7 * trusting
+    assert shrunk < 1.5 * plain

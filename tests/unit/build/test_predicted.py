@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.support.tiny_model import make_tiny_gguf
 
+from slmops.build.gguf_file import open_gguf
 from slmops.build.steps.calibrate import packed, unpacked
-from slmops.build.steps.choose import sensitivity_of
+from slmops.build.steps.choose import sensitivity_of, space_of
 from slmops.build.steps.predicted import sampled_rows
+from slmops.build.steps.sensitivity import is_quantisable
 
 
 def test_sampled_rows_estimate_a_heavy_tailed_sum() -> None:
@@ -70,3 +74,15 @@ def test_without_them_measured_damage_is_used_and_the_reason_told() -> None:
     assert found.report["method"] == "measured damage"
     assert found.report["reason"] == "architecture is not llama"
     assert found.report["rank_correlation"] == pytest.approx(-1.0)
+
+
+def test_a_type_whose_loss_is_not_known_is_no_option(tmp_path: Path) -> None:
+    """Asked for a type that no table has: it is left out, never taken for free."""
+    path = make_tiny_gguf(tmp_path / "tiny.gguf")
+    with open_gguf(path) as model:
+        names = [t.name for t in model.layout.tensors if is_quantisable(t)]
+        errors = {
+            name: {"error": {"Q4_0": 0.01, "Q8_0": 0.0001}, "swallowed": {}, "change": 0.0} for name in names
+        }
+        space = space_of(model, {"errors": errors}, {"types": ["Q4_0", "Q5_1", "Q8_0"]})
+    assert all({option.name for option in row} == {"Q4_0", "Q8_0", "F16"} for row in space.table)

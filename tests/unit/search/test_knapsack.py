@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import random
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slmops.core.search.knapsack import Option, smallest, solve
+from slmops.core.search.knapsack import Option, smallest, solve, solve_within_time
 
 options = st.lists(
     st.builds(Option, st.just("t"), st.integers(1, 60), st.floats(0, 100, allow_nan=False)),
@@ -73,3 +74,37 @@ def test_a_model_sized_problem_is_solved_better_than_greedy() -> None:
         assert choice is not None
         assert choice.loss < before
         before = choice.loss
+
+
+def test_a_second_price_buys_speed() -> None:
+    """Within the same bytes: slow types give way until the time suffices, cheapest losses first; impossible gives the fastest."""
+    rng = np.random.default_rng(4)
+    tensors = [
+        [
+            Option("slow", 100, float(rng.uniform(0.1, 0.2)), 3e-5),
+            Option("fast", 100, float(rng.uniform(0.2, 0.6)), 1e-5),
+            Option("large", 200, 0.01, 2e-5),
+        ]
+        for _ in range(30)
+    ]
+    free = solve_within_time(tensors, 4000, float("inf"))
+    assert free is not None and free[0] == solve(tensors, 4000)
+    limit = 0.75 * free[1]
+    timed = solve_within_time(tensors, 4000, limit)
+    assert timed is not None and timed[1] <= limit < free[1]
+    assert free[0].loss < timed[0].loss
+    assert timed[0].size_bytes <= 4000
+    best = _least_loss_by_force(tensors[:6], 800, 1.1e-4)
+    small = solve_within_time(tensors[:6], 800, 1.1e-4)
+    assert small is not None and small[1] <= 1.1e-4 and small[0].loss <= best * 1.25
+    impossible = solve_within_time(tensors, 4000, 1e-6)
+    assert impossible is not None and abs(impossible[1] - 30 * 1e-5) < 1e-12
+    assert solve_within_time(tensors, 10, 1.0) is None
+
+
+def _least_loss_by_force(tensors: list[list[Option]], budget_bytes: int, budget_s: float) -> float:
+    return min(
+        sum(o.loss for o in picked)
+        for picked in itertools.product(*tensors)
+        if sum(o.size_bytes for o in picked) <= budget_bytes and sum(o.seconds for o in picked) <= budget_s
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 from slmops.artifact.gguf_layout import Tensor
 from slmops.build.gguf_file import GgufFile, NewTensor, file_bytes, open_gguf, padded, tensor_bytes
 from slmops.build.graph import StepContext
+from slmops.build.speeds import budget_seconds, rates_of, speed_table
 from slmops.build.steps.sensitivity import PROBE_TYPE, fits, is_quantisable
 from slmops.core.device.fit import ModelShape, Serving, memory_needed
 from slmops.core.errors import BudgetError
-from slmops.core.search.knapsack import Option, smallest, solve
+from slmops.core.search.knapsack import Option, smallest, solve, solve_within_time
 from slmops.core.search.sensitivity import (
     Group,
     corrections,
@@ -25,6 +27,7 @@ from slmops.core.search.sensitivity import (
 USES = (
     "slmops.artifact.gguf_layout",
     "slmops.build.gguf_file",
+    "slmops.build.speeds",
     "slmops.build.steps.sensitivity",
     "slmops.core.device.fit",
     "slmops.core.search.knapsack",
@@ -32,8 +35,10 @@ USES = (
 )
 #: metadata of the reference that is not true of a variant with mixed types
 DROPPED: dict[str, int | None] = {"general.file_type": None}
-#: how far measured damage corrects predictions: half-way, and for other readings of the tables not at all and fully
-CORRECTION, CORRECTIONS = 0.5, (0.0, 1.0)
+#: how far measured damage corrects predictions: most of the way, and for other readings of the tables not at all and fully
+CORRECTION, CORRECTIONS = 0.75, (0.0, 1.0)
+#: cache types that are compared where memory is the bound; contexts are not halved below this
+KV_CHOICES, LEAST_CONTEXT = ("f16", "q8_0", "q4_0"), 256
 _SHOWN_TENSORS = 4
 
 
@@ -43,7 +48,7 @@ class Space:
 
     Attributes:
         names: of the quantisable tensors; ``table``: their options, in the same order.
-        sizes: tensor to type to bytes; ``fixed_bytes``: of everything else in the file.
+        sizes: tensor to type to bytes, of types whose loss is known, and F16; ``fixed_bytes``: of everything else in the file.
         shape: of the model; ``header_bytes``: before its tensors.
         sensitivity: what the losses rest on.
     """
@@ -61,39 +66,91 @@ def choose(context: StepContext) -> dict[str, Any]:
     """Choose a type for every tensor: least expected divergence within the byte and memory budgets.
 
     Files in: ``model`` (the F16 reference). Values in: ``errors``; ``damage-1``... unless nothing was probed (then relative
-    errors count alike everywhere); ``predictions-1``... where there are gradients. Params: ``types``,
-    ``artifact_bytes``, ``ram_bytes``, ``serving``. Value: ``types`` of all quantised tensors, ``size_bytes``,
-    ``expected_kld`` and what bounded the choice.
+    errors count alike everywhere); ``predictions-1``... where there are gradients. A speed table comes as value or file
+    ``speed-table``. Params: ``types``, ``artifact_bytes``, ``ram_bytes``, ``serving``, and with a speed table ``decode_tps``.
+    Value: ``types`` of all quantised tensors, ``size_bytes``, ``expected_kld``, and what bounded the choice.
 
     Raises:
         BudgetError: no choice fits: names the bound, the smallest possible file and the tensors that make it.
     """
     params = context.params
     with open_gguf(context.files["model"]) as model:
-        space = space_of(model, context.values, params)
+        timed = speed_table(context.files, context.values)
+        space = space_of(model, context.values, params, speeds=timed)
     least_bytes = space.fixed_bytes + smallest(space.table)
     allowed = _allowed_bytes(params, space.shape, space.header_bytes)
     budget_bytes = min(allowed.values())
-    choice = solve(space.table, budget_bytes - space.fixed_bytes)
-    if choice is None:
+    budget_s = budget_seconds(timed, params)
+    found = solve_within_time(space.table, budget_bytes - space.fixed_bytes, budget_s)
+    if found is None:
         least_of = {name: min(space.sizes[name].values()) for name in space.names}
         raise _too_small(params, allowed, least_bytes, space.fixed_bytes, least_of)
+    choice, took_s = found
+    bound = min(allowed, key=lambda name: allowed[name])
+    if budget_s < math.inf:
+        free = solve(space.table, budget_bytes - space.fixed_bytes)
+        bound = "decode_tps" if free is not None and free.picks != choice.picks else bound
     picked = zip(space.names, space.table, choice.picks, strict=True)
     return {
         "types": {name: row[pick].name for name, row, pick in picked},
         "size_bytes": space.fixed_bytes + choice.size_bytes,
         "budget_bytes": budget_bytes,
-        "bound": min(allowed, key=lambda name: allowed[name]),
+        "bound": bound,
         "smallest_bytes": least_bytes,
         "expected_kld": choice.loss,
         "undone_kld": space.sensitivity.undone,
         "damage": _damage_summary(space.sensitivity.groups),
         "sensitivity": space.sensitivity.report,
+        "speed": None
+        if timed is None
+        else {
+            "machine": timed["machine"],
+            "asked_decode_tps": params.get("decode_tps"),
+            "predicted_decode_tps": 1 / (timed["fixed_s"] + took_s)
+            if timed["fixed_s"] + took_s > 0
+            else None,
+            "met": took_s <= budget_s,
+        },
+        "memory": _memory(params, space, allowed),
     }
 
 
+def _memory(params: Mapping[str, Any], space: Space, allowed: Mapping[str, int]) -> list[dict[str, Any]]:
+    """What other cache types and contexts would leave for weights, and what the divergence would be expected to be then.
+
+    Only where memory is the bound; a cache type has a loss of its own, which is not in these figures.
+    """
+    if allowed["ram_bytes"] > allowed["artifact_bytes"]:
+        return []
+    now = Serving(**params["serving"])
+    rows = []
+    for kind in KV_CHOICES:
+        for context_tokens in (now.context_tokens, now.context_tokens // 2):
+            if (kind, context_tokens) == (now.kv_cache, now.context_tokens) or context_tokens < LEAST_CONTEXT:
+                continue
+            serving = {**params["serving"], "kv_cache": kind, "context_tokens": context_tokens}
+            room = min(
+                _allowed_bytes({**params, "serving": serving}, space.shape, space.header_bytes).values()
+            )
+            found = solve(space.table, room - space.fixed_bytes)
+            rows.append(
+                {
+                    "kv_cache": kind,
+                    "context_tokens": context_tokens,
+                    "allowed_bytes": room,
+                    "expected_kld": None if found is None else found.loss,
+                }
+            )
+    return rows
+
+
 def space_of(
-    model: GgufFile, values: Mapping[str, Any], params: Mapping[str, Any], *, correction: float = CORRECTION
+    model: GgufFile,
+    values: Mapping[str, Any],
+    params: Mapping[str, Any],
+    *,
+    correction: float = CORRECTION,
+    speeds: Mapping[str, Any] | None = None,
 ) -> Space:
     """Every tensor's options.
 
@@ -102,20 +159,36 @@ def space_of(
         values: the tables, as :func:`choose` takes them.
         params: ``types``.
         correction: how far measured damage corrects predictions, 0..1.
+        speeds: a speed table; types that it does not know count as its slowest, F16 by its bytes against Q8_0.
     """
     measured = values["errors"]
     sensitivity = sensitivity_of(values, correction)
     prices = swallow_prices({name: row["change"] for name, row in measured.items()}, sensitivity.undone)
     tensors = [tensor for tensor in model.layout.tensors if is_quantisable(tensor)]
+    rates = rates_of(speeds, [*params["types"], "F16"]) if speeds is not None else {}
+    untied = model.tensor("output.weight") is not None
+
+    def read_each_token(tensor: Tensor) -> bool:
+        return not (untied and tensor.name == "token_embd.weight")
+
     whole_bytes = file_bytes(model, [kept(model, t) for t in model.layout.tensors], DROPPED)
     sizes = {
         t.name: {
-            name: padded(tensor_bytes(name, t.shape)) for name in [*params["types"], "F16"] if fits(name, t)
+            name: padded(tensor_bytes(name, t.shape))
+            for name in [*params["types"], "F16"]
+            if fits(name, t) and (name == "F16" or name in sensitivity.losses[t.name])
         }
         for t in tensors
     }
     table = [
-        options(sizes[t.name], sensitivity.losses[t.name], measured[t.name]["swallowed"], 1.0, prices[t.name])
+        options(
+            sizes[t.name],
+            sensitivity.losses[t.name],
+            measured[t.name]["swallowed"],
+            1.0,
+            prices[t.name],
+            seconds={name: rate * t.elements for name, rate in rates.items()} if read_each_token(t) else None,
+        )
         for t in tensors
     ]
     return Space(

@@ -53,6 +53,7 @@ def predict(context: StepContext) -> dict[str, Any]:
         return {"available": False, "reason": facts["reason"], "kld": {}, "probe": {}}
     importance = read_imatrix(context.files["imatrix"])
     hessians = Hessians(context.files["hessians"], context.values["inputs"]["inputs"])
+    tokens = int(context.values["inputs"]["tokens"])
     types, count = list(context.params["types"]), int(context.params["sample_rows"])
     part, parts = int(context.params["part"]), int(context.params["parts"])
     table: dict[str, dict[str, float]] = {}
@@ -71,7 +72,11 @@ def predict(context: StepContext) -> dict[str, Any]:
             if name != last[0]:
                 triangle = hessians.triangle(tensor.name)
                 matrix = None if triangle is None else unpacked(triangle)
-                last = (name, matrix, None if matrix is None else curvature(matrix, damping_of(tensor.name)))
+                last = (
+                    name,
+                    matrix,
+                    None if matrix is None else curvature(matrix, damping_of(tensor.name), tokens),
+                )
             table[tensor.name], probe[tensor.name] = _tensor(
                 model, tensor, types, count, gradients, last[1], last[2], importance.get(tensor.name)
             )

@@ -99,13 +99,11 @@ def write_variant(context: StepContext) -> dict[str, Any]:
 
 def quantiser_of(context: StepContext, model: GgufFile, earlier: GgufFile | None = None) -> TensorQuantiser:
     """What makes this step's tensors, from its inputs ``imatrix`` and maybe ``hessians``."""
-    hessians = (
-        Hessians(context.files["hessians"], context.values["inputs"]["inputs"])
-        if "hessians" in context.files
-        else None
-    )
+    facts = context.values.get("inputs", {"inputs": {}, "tokens": 0})
+    hessians = Hessians(context.files["hessians"], facts["inputs"]) if "hessians" in context.files else None
     importance = read_imatrix(context.files["imatrix"])
-    return TensorQuantiser(model, importance, hessians, Memo(context.memo, RUN), earlier)
+    memo = Memo(context.memo, RUN)
+    return TensorQuantiser(model, importance, hessians, memo, int(facts["tokens"]), earlier)
 
 
 def fallbacks(model: GgufFile, types: Mapping[str, str]) -> list[dict[str, Any]]:

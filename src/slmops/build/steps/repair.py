@@ -23,12 +23,13 @@ import numpy as np
 from slmops.artifact.gguf_layout import Tensor
 from slmops.build.gguf_file import GgufFile, open_gguf
 from slmops.build.graph import StepContext
+from slmops.build.speeds import budget_seconds, speed_table
 from slmops.build.steps.choose import CORRECTIONS, Space, space_of
 from slmops.build.steps.divergence import compact, divergence, log_softmax
 from slmops.build.steps.quantise import quantiser_of
 from slmops.build.steps.sensitivity import patch
 from slmops.build.steps.tensors import TensorQuantiser
-from slmops.core.search.knapsack import Option, solve
+from slmops.core.search.knapsack import Option, solve_within_time
 from slmops.runtimes.llama_cpp.logits import LogitModel
 from slmops.runtimes.llama_cpp.quantise import dequantise_rows
 
@@ -39,6 +40,7 @@ USES = (
     "slmops.artifact.gguf_layout",
     "slmops.build.feedback",
     "slmops.build.gguf_file",
+    "slmops.build.speeds",
     "slmops.build.steps.calibrate",
     "slmops.build.steps.choose",
     "slmops.build.steps.divergence",
@@ -128,14 +130,16 @@ def repair(context: StepContext) -> dict[str, Any]:
     sequences = _text(context.files["text"], int(params["tokens"]))
     rng = np.random.default_rng(int(params["seed"]))
     with open_gguf(context.files["model"]) as model:
-        space = space_of(model, context.values, params)
+        speeds = speed_table(context.files, context.values)
+        limits = choice["budget_bytes"], budget_seconds(speeds, params)
+        space = space_of(model, context.values, params, speeds=speeds)
         trial = Trial(context.out, model, quantiser_of(context, model), sequences)
         try:
             candidates = [dict(choice["types"])]
             tables = [space.table]
             for correction in CORRECTIONS:
-                other = space_of(model, context.values, params, correction=correction)
-                types = _solved(other, other.table, choice["budget_bytes"])
+                other = space_of(model, context.values, params, correction=correction, speeds=speeds)
+                types = _solved(other, other.table, *limits)
                 if types is not None and types not in candidates:
                     candidates.append(types)
                     tables.append(other.table)
@@ -151,7 +155,7 @@ def repair(context: StepContext) -> dict[str, Any]:
                 count = min(ROUND, left)
                 left -= count
                 shaken = [_shaken(table, rng) for _ in range(count)]
-                near = [(_solved(space, one, choice["budget_bytes"]), one) for one in shaken]
+                near = [(_solved(space, one, *limits), one) for one in shaken]
                 unlike = [(found, one) for found, one in near if found is not None and found != types]
                 early = [(trial.divergence(found, 0.25), found, one) for found, one in unlike]
                 early.sort(key=lambda entry: entry[0])
@@ -178,10 +182,13 @@ def repair(context: StepContext) -> dict[str, Any]:
     }
 
 
-def _solved(space: Space, table: Sequence[Sequence[Option]], budget_bytes: int) -> dict[str, str] | None:
-    found = solve(table, budget_bytes - space.fixed_bytes)
-    if found is None:
+def _solved(
+    space: Space, table: Sequence[Sequence[Option]], budget_bytes: int, budget_s: float
+) -> dict[str, str] | None:
+    solved = solve_within_time(table, budget_bytes - space.fixed_bytes, budget_s)
+    if solved is None:
         return None
+    found, _ = solved
     return {name: row[pick].name for name, row, pick in zip(space.names, table, found.picks, strict=True)}
 
 
@@ -191,7 +198,10 @@ def _shaken(table: Sequence[Sequence[Option]], rng: np.random.Generator) -> list
         rng.random(len(table)) < SHAKEN_SHARE, np.exp(rng.normal(0.0, SHAKEN_BY, len(table))), 1.0
     )
     return [
-        [Option(option.name, option.size_bytes, option.loss * float(factor)) for option in row]
+        [
+            Option(option.name, option.size_bytes, option.loss * float(factor), option.seconds)
+            for option in row
+        ]
         for row, factor in zip(table, factors, strict=True)
     ]
 

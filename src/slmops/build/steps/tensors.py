@@ -56,6 +56,7 @@ class TensorQuantiser:
         model: the F16 reference.
         importance: tensor to mean squared inputs.
         hessians: of the same inputs; None rounds every weight for itself.
+        tokens: that both are means over.
         memo: where finished tensors are kept.
         earlier: an earlier release's file, whose block scales are kept where that costs little; None for none.
         ways: how many tensors were made in which way: ``feedback``, ``rounded``, ``frozen scales``.
@@ -65,6 +66,7 @@ class TensorQuantiser:
     importance: Mapping[str, NDArray[np.float32]]
     hessians: Hessians | None
     memo: Memo
+    tokens: int = 0
     earlier: GgufFile | None = None
     ways: Counter[str] = field(default_factory=Counter)
     _curvatures: OrderedDict[str, Curvature] = field(default_factory=OrderedDict)
@@ -94,7 +96,7 @@ class TensorQuantiser:
             stored=tensor.type_name,
             type=type_name,
             inputs="none" if statistics is None else _digest(statistics),
-            damping=repr(damping_of(tensor.name)) if fed else "none",
+            damping=f"{damping_of(tensor.name)!r} {self.tokens}" if fed else "none",
             scales="free" if frozen is None else _digest(frozen),
         )
 
@@ -127,7 +129,7 @@ class TensorQuantiser:
         assert self.hessians is not None
         key = f"{self.hessians.name(tensor.name)} {damping_of(tensor.name)}"
         if key not in self._curvatures:
-            self._curvatures[key] = curvature(unpacked(triangle), damping_of(tensor.name))
+            self._curvatures[key] = curvature(unpacked(triangle), damping_of(tensor.name), self.tokens)
             if len(self._curvatures) > _KEPT_CURVATURES:
                 self._curvatures.popitem(last=False)
         self._curvatures.move_to_end(key)

@@ -58,6 +58,11 @@ def show_steps(progress: Progress) -> Any:
 )
 @click.option("--fast", is_flag=True, help="Evaluate less (recorded in the evidence).")
 @click.option("--workers", default=2, show_default=True, help="Steps at once.")
+@click.option(
+    "--speed-table",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Speed of each type on another machine (JSON), instead of the recipe's search.speed.",
+)
 @json_option
 def run(
     recipe: Path,
@@ -67,6 +72,7 @@ def run(
     cache_folder: Path | None,
     fast: bool,
     workers: int,
+    speed_table: Path | None,
     as_json: bool,
 ) -> None:
     """Build what RECIPE describes. Steps whose inputs did not change are not run again.
@@ -85,6 +91,7 @@ def run(
         fast=fast,
         progress=show_steps(Progress(quiet=as_json)),
         workers=workers,
+        speed_table=speed_table,
     )
     if as_json:
         print_json(

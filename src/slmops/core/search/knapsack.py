@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _BISECTIONS = 60
+_PRICE_DOUBLINGS, _PRICE_BISECTIONS = 14, 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +34,13 @@ class Option:
         name: the type's name.
         size_bytes: bytes of the tensor in this type, padding included.
         loss: what it costs, in any unit that adds up over tensors; finite and not negative.
+        seconds: what it takes of one token's time, in the same way; 0 when that is not known.
     """
 
     name: str
     size_bytes: int
     loss: float
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,62 @@ def solve(tensors: Sequence[Sequence[Option]], budget_bytes: int) -> Choice | No
         int(sum(size[pick] for size, pick in zip(sizes, picks, strict=True))),
         float(sum(loss[pick] for loss, pick in zip(losses, picks, strict=True))),
     )
+
+
+def solve_within_time(
+    tensors: Sequence[Sequence[Option]], budget_bytes: int, budget_s: float
+) -> tuple[Choice, float] | None:
+    """Find the choice of least loss within bytes, with a second price for time; None when the bytes do not suffice.
+
+    The price of a second is raised until the choice is fast enough; at every price the choice is exact. The best choice under
+    two limits can be a little better than any that a price gives (it may lie between two prices), never by more than one
+    tensor's step. When nothing within the bytes is fast enough, the fastest is given.
+
+    Args:
+        tensors: see :func:`solve`, with ``seconds``.
+        budget_bytes: largest total.
+        budget_s: largest total of seconds.
+
+    Returns: the choice, and its total seconds.
+    """
+
+    def priced(price: float) -> tuple[Choice, float] | None:
+        table = [
+            [Option(o.name, o.size_bytes, o.loss + price * o.seconds, o.seconds) for o in options]
+            for options in tensors
+        ]
+        found = solve(table, budget_bytes)
+        if found is None:
+            return None
+        picked = [options[pick] for options, pick in zip(tensors, found.picks, strict=True)]
+        choice = Choice(found.picks, found.size_bytes, sum(option.loss for option in picked))
+        return choice, sum(option.seconds for option in picked)
+
+    best = priced(0.0)
+    if best is None or best[1] <= budget_s:
+        return best
+    scale = max(best[0].loss, 1e-9) / max(best[1], 1e-12)
+    low, high = 0.0, scale
+    fast = priced(high)
+    for _ in range(_PRICE_DOUBLINGS):
+        if fast is not None and fast[1] <= budget_s:
+            break
+        low, high = high, high * 4
+        fast = priced(high)
+    assert fast is not None  # the bytes sufficed at the first price
+    if fast[1] > budget_s:
+        return fast
+    for _ in range(_PRICE_BISECTIONS):
+        middle = (low + high) / 2
+        found = priced(middle)
+        assert found is not None
+        if found[1] <= budget_s:
+            high = middle
+            if found[0].loss <= fast[0].loss:
+                fast = found
+        else:
+            low = middle
+    return fast
 
 
 def _relax(

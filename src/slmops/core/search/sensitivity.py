@@ -127,7 +127,7 @@ def swallow_prices(changes: Mapping[str, float], undone: float) -> dict[str, flo
     }
 
 
-def options(
+def options(  # noqa: PLR0913 - the parts of a price
     sizes: Mapping[str, int],
     errors: Mapping[str, float],
     swallowed: Mapping[str, float],
@@ -135,6 +135,7 @@ def options(
     swallow_price: float,
     *,
     fast_types: Collection[str] = FAST_TYPES,
+    seconds: Mapping[str, float] | None = None,
 ) -> list[Option]:
     """A tensor's options in a fixed order.
 
@@ -145,13 +146,16 @@ def options(
         scale: from :func:`scales`; ``swallow_price``: from :func:`swallow_prices`.
         swallow_price: see above.
         fast_types: preferred among equals.
+        seconds: type to what the tensor takes of one token's time; None when that is not known.
     """
+    times = seconds or {}
     return [
         Option(
             name,
             sizes[name],
             (scale * errors.get(name, 0.0) + swallow_price * swallowed.get(name, 0.0))
             * (1.0 if name in fast_types else SLOW_FACTOR),
+            times.get(name, 0.0),
         )
         for name in sorted(sizes, key=lambda name: (sizes[name], name))
     ]

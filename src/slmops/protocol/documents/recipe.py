@@ -365,6 +365,8 @@ class Search(Section):
         sensitivity: ``kfac``: losses are predicted from gradients of sampled targets (needs torch) and corrected by
             measured damage; ``measured``: measured damage times error; ``auto``: the first where torch is installed.
         gradient_tokens: calibration tokens that gradients are taken on.
+        speed: ``measure``: how fast each type decodes is measured here, and a target's ``decode_tps`` bounds its choice
+            beside its bytes; a path: the table of another machine (JSON); none: bytes alone decide.
         verify_tokens: calibration tokens on which the best choices are measured as they would ship; 0 trusts the tables.
         neighbours: choices near the best one that are measured, too.
         feedback: quantise with error feedback (GPTQ): later columns make up for what earlier ones lost.
@@ -390,6 +392,7 @@ class Search(Section):
     sample_rows: int = Field(default=64, ge=1)
     sensitivity: Literal["auto", "kfac", "measured"] = "auto"
     gradient_tokens: int = Field(default=16384, ge=64)
+    speed: str | None = None
     verify_tokens: int = Field(default=0, ge=0)
     neighbours: int = Field(default=8, ge=0, le=256)
     feedback: bool = True
