@@ -64,12 +64,33 @@ def layer(seed: int) -> tuple[np.ndarray, np.ndarray]:
 def test_what_the_others_can_make_is_not_missed() -> None:
     """64 neurons that span 32 dimensions: half can go, and next to nothing is lost."""
     rows, activations = layer(1)
-    kept, new, lost = narrow(rows, activations.T @ activations, 32)
+    second = activations.T @ activations
+    kept, new, lost = narrow(rows, second, 32, second)
     assert len(kept) == 32
     assert new.shape == (8, 32)
     assert lost < 0.01
     difference = activations[:, list(kept)] @ new.T - activations @ rows.T
     assert (difference**2).sum() / ((activations @ rows.T) ** 2).sum() == pytest.approx(lost, rel=0.05)
+
+
+def test_other_text_says_how_much_to_make_up() -> None:
+    """From a sample of hardly more tokens than neurons, what fits that sample best is not what is best."""
+    rng = np.random.default_rng(3)
+    mixing = rng.standard_normal((64, 64)) * np.exp(rng.standard_normal(64))
+    few, others, many = (
+        (rng.standard_normal((count, 64)) @ mixing + 3 * rng.standard_normal((count, 64))).astype(np.float32)
+        for count in (70, 70, 5000)
+    )
+    rows = rng.standard_normal((8, 64)).astype(np.float32)
+
+    def loss(kept: tuple[int, ...], new: np.ndarray) -> float:
+        exact = many @ rows.T
+        return float(((many[:, list(kept)] @ new.T - exact) ** 2).sum() / (exact**2).sum())
+
+    blind = narrow(rows, few.T @ few, 40, few.T @ few)
+    watched = narrow(rows, few.T @ few, 40, others.T @ others)
+    assert blind[2] < watched[2]  # what it says of itself
+    assert loss(*watched[:2]) < loss(*blind[:2])  # what is so
 
 
 @pytest.mark.parametrize("seed", range(3))
