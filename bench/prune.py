@@ -49,8 +49,8 @@ class Bench:
     def __init__(self, folder: Path, quick: bool) -> None:
         self.folder = folder
         self.held_tokens = 1024 if quick else 3072
-        self.learn_tokens = 4096 if quick else 16_384
-        self.reconstruct_tokens = 4096 if quick else 8192
+        self.learn_tokens = 4096 if quick else 8192
+        self.reconstruct_tokens = 2048 if quick else 6144
         self.began_s = time.monotonic()
         self.rows: list[dict[str, Any]] = []
         self.eight_bit: dict[str, Path] = {}

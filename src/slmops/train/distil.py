@@ -38,7 +38,7 @@ from slmops.train.students import (
     text_rows,
 )
 
-ROW_TOKENS = 512
+ROW_TOKENS = 256
 CHECKPOINT_EVERY_S = 240.0
 #: how often the watched rows are looked at, beside the start
 LOOKS = 4

@@ -46,7 +46,7 @@ WINDOW_TOKENS = 256
 AT_ONCE = 32
 #: shares of H's diagonal that are added to it, so that the make-up is of the layer and not of the sample; and of its mean, so
 #: that H is invertible where neurons never fire
-DAMPINGS, LEAST_DAMPING = (0.03, 0.3, 3.0), 1e-8
+DAMPINGS, LEAST_DAMPING = (0.03, 0.3), 1e-8
 #: one window in so many is not learned from: it chooses the damping
 WATCHED_SHARE = 8
 #: second moments held in memory at once
@@ -115,14 +115,14 @@ def narrow(
         rows: of ``ffn_down``, shape (hidden, ffn).
         moments: sum of h hᵀ, shape (ffn, ffn).
         keep: neurons to keep.
-        watched: the same of other text, which chooses how much is made up for; None: the middle damping.
+        watched: the same of other text, which chooses how much is made up for; None: the larger damping.
 
     Returns: the kept neurons, ascending; new rows, shape (hidden, keep); the share of the layer's squared output that is lost, on
     the watched text where there is some.
     """
     judge = (moments if watched is None else watched).astype(np.float64)
     found = []
-    for damping in DAMPINGS if watched is not None else DAMPINGS[1:2]:
+    for damping in DAMPINGS if watched is not None else DAMPINGS[-1:]:
         alive, weights = _removed(rows.astype(np.float64), moments.astype(np.float64), keep, damping)
         found.append((_lost_ratio(rows.astype(np.float64), alive, weights, judge), alive, weights))
     lost, alive, weights = min(found, key=lambda result: result[0])
