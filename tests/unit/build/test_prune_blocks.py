@@ -285,6 +285,19 @@ def test_models_that_cannot_be_cut_are_refused_by_name(
         check(context(tmp_path / "out", {"base": base}, asked=[asked], training=False, torch=None))
 
 
+def test_models_that_cannot_be_trained_are_refused_by_name(model: Path, tmp_path: Path) -> None:
+    """Another architecture, or tensors that the trainer would leave out (scaled rotary positions, biases)."""
+    asked: dict[str, Any] = {"asked": [], "training": True, "torch": "2"}
+    assert check(context(tmp_path / "a", {"base": model}, **asked))
+    other = other_architecture(tmp_path / "other.gguf")
+    with pytest.raises(BuildError, match="architecture 'gemma3' cannot be trained"):
+        check(context(tmp_path / "b", {"base": other}, **asked))
+    content = model.read_bytes().replace(b"blk.2.ffn_norm.weight", b"blk.2.attn_q.fishes--")
+    (tmp_path / "odd.gguf").write_bytes(content)
+    with pytest.raises(BuildError, match=r"the trainer does not know blk\.2\.attn_q\.fishes--"):
+        check(context(tmp_path / "c", {"base": tmp_path / "odd.gguf"}, **asked))
+
+
 def test_weights_beyond_f16_are_refused(tmp_path: Path) -> None:
     source = make_tiny_gguf(tmp_path / "m.gguf", ffn=512)
     with (
