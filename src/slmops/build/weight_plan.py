@@ -138,7 +138,7 @@ class _Plan:
         text = self._learned_text(index, prune.general_text, tokens, recover.seed if recover else SEED)
         if prune.keep_ffn_width is not None:
             params = {"keep_ffn_width": prune.keep_ffn_width, "moment_tokens": MOMENT_TOKENS, **_PARAMS}
-            inputs = {"text": text, "model": self.unquantised()}
+            inputs = {**_texts(text), "model": self.unquantised()}
             self.model = self.add("prune width", "slmops.build.steps.prune_blocks:width", inputs, params)
             self._noted(self.model, cut=True)
         if prune.drop_layers is not None:

@@ -61,9 +61,9 @@ OUTPUTS = ("attn_output.weight", "attn_output.bias", "ffn_down.weight", "ffn_dow
 def width(context: StepContext) -> dict[str, Any]:
     """Narrow every feed-forward layer to ``keep_ffn_width`` neurons.
 
-    Files in: ``model`` (F16), ``text`` (token ids); out: ``model.gguf``, ``structure.json``. Params: ``keep_ffn_width``,
-    ``moment_tokens``, ``probe_tokens``. Value: widths, ``lost_ratio`` (squared output that cannot be made up, mean and worst
-    block), ``kld`` from the model before.
+    Files in: ``model`` (F16), ``text`` (token ids), maybe ``watch`` (others); out: ``model.gguf``, ``structure.json``. Params:
+    ``keep_ffn_width``, ``moment_tokens``, ``probe_tokens``. Value: widths, ``lost_ratio`` (squared output that cannot be made
+    up, mean and worst block), ``kld`` from the model before, on what is watched.
     """
     wanted = int(context.params["keep_ffn_width"])
     windows = calibration_windows(context.files["text"], int(context.params["moment_tokens"]))
@@ -239,7 +239,8 @@ def _measured(context: StepContext) -> dict[str, Any]:
     if not tokens:
         return {}
     context.progress(0.9, "measuring KL divergence")
-    probe = Probe(context.files["model"], probe_sequences(context.files["text"], tokens))
+    text = context.files.get("watch", context.files["text"])
+    probe = Probe(context.files["model"], probe_sequences(text, tokens))
     return {"kld": probe.divergence(context.out / "model.gguf"), "probe_tokens": probe.tokens}
 
 
