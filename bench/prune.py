@@ -51,6 +51,8 @@ class Bench:
         self.held_tokens = 1024 if quick else 3072
         self.learn_tokens = 4096 if quick else 8192
         self.reconstruct_tokens = 2048 if quick else 6144
+        self.drop_layers = 1 if quick else DROP_LAYERS
+        self.repeats = 1 if quick else 3
         self.began_s = time.monotonic()
         self.rows: list[dict[str, Any]] = []
         self.eight_bit: dict[str, Path] = {}
@@ -238,7 +240,7 @@ def run(bench: Bench) -> None:
         probe_tokens=0,
     )
     bench.step(
-        "depth", prune_blocks.depth, learn, drop_layers=DROP_LAYERS, probe_tokens=512, screen_tokens=96
+        "depth", prune_blocks.depth, learn, drop_layers=bench.drop_layers, probe_tokens=512, screen_tokens=96
     )
     cuts = {name: bench.measure(name, bench.model(name), "dense") for name in ("width", "depth")}
     peer = bench.measure(
@@ -284,11 +286,11 @@ def run(bench: Bench) -> None:
     }
     report = bench.step(
         "report", sparsify.report, files, {"choice": {"types": types}},
-        serving=SERVING, prompt_tokens=128, decode_tokens=48, repeats=3,
+        serving=SERVING, prompt_tokens=128, decode_tokens=48, repeats=bench.repeats,
     )  # fmt: skip
     bench.say(f"sparsity: {report['verdict']}")
 
-    speeds = bench.speeds(3)
+    speeds = bench.speeds(bench.repeats)
     for name, speed in speeds.items():
         bench.say(
             f"{name}: {speed['decode']:.0f} decode, {speed['prefill']:.0f} prefill tokens/s, busy {speed['busy']:.2f}"
@@ -386,7 +388,7 @@ def add_rows(
         "<= 0.7",
         cuts["width"]["kld_mean"] <= 0.7 * peer["kld_mean"],
     )
-    for name, label in (("width", f"width {KEEP_WIDTH}"), ("depth", f"depth -{DROP_LAYERS}")):
+    for name, label in (("width", f"width {KEEP_WIDTH}"), ("depth", f"depth -{bench.drop_layers}")):
         add(
             f"{label}: Q8_0 file",
             sizes[name],
