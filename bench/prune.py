@@ -49,8 +49,10 @@ class Bench:
     def __init__(self, folder: Path, quick: bool) -> None:
         self.folder = folder
         self.held_tokens = 1024 if quick else 3072
-        self.learn_tokens = 4096 if quick else 16_384
-        self.reconstruct_tokens = 2048 if quick else 4096
+        self.learn_tokens = 4096 if quick else 8192
+        self.reconstruct_tokens = 2048 if quick else 6144
+        self.drop_layers = 1 if quick else DROP_LAYERS
+        self.repeats = 1 if quick else 3
         self.began_s = time.monotonic()
         self.rows: list[dict[str, Any]] = []
         self.eight_bit: dict[str, Path] = {}
@@ -67,7 +69,9 @@ class Bench:
         began = time.monotonic()
         value = run(StepContext(files, values or {}, params, out, lambda ratio, note: None))
         shown = {
-            k: round(v, 5) if isinstance(v, float) else v for k, v in value.items() if not isinstance(v, dict)
+            k: round(v, 5) if isinstance(v, float) else v
+            for k, v in value.items()
+            if not isinstance(v, dict) and "sha256" not in k
         }
         self.say(f"{name}: {shown} in {time.monotonic() - began:.0f} s")
         return value
@@ -78,7 +82,8 @@ class Bench:
     def measure(self, name: str, path: Path, dense: str) -> dict[str, Any]:
         """Divergence, same-top and perplexity of an unquantised model on the held-out text."""
         files = {"model": path, "text": self.folder / "held.json"}
-        files |= {kind: self.folder / dense / f"{kind}.npy" for kind in ("ids", "logprobs")}
+        kept = {"ids": "ids.npy", "logprobs": "logprobs.npy", "mass": "tail-mass.npy"}
+        files |= {kind: self.folder / dense / name for kind, name in kept.items()}
         value: dict[str, Any] = self.step(f"measure {name}", divergence.compare, files)
         return value
 
@@ -87,7 +92,8 @@ class Bench:
         halves = sorted(topics)[::2], sorted(topics)[1::2]
         with LogitModel(path) as model:
             for name, wanted, half in (
-                ("learn.json", self.learn_tokens, halves[0]),
+                ("watch.json", self.learn_tokens // 8, halves[0][::4]),
+                ("learn.json", self.learn_tokens, [n for i, n in enumerate(halves[0]) if i % 4]),
                 ("held.json", self.held_tokens, halves[1]),
             ):
                 sequences: list[list[int]] = []
@@ -173,16 +179,17 @@ def recover(bench: Bench, name: str, dense: str) -> Path:
     """Reconstruction, then distillation; the model after each."""
     from slmops.train import steps  # noqa: PLC0415 - imports no torch, but there is no need for it without
 
-    learn = bench.folder / "learn.json"
+    learn, watch = bench.folder / "learn.json", bench.folder / "watch.json"
     files = {
         "model": bench.model(name),
         "teacher": bench.model(dense),
         "text": learn,
+        "watch": watch,
         "structure-0": bench.folder / name / "structure.json",
     }
-    bench.step(f"reconstruct {name}", steps.reconstruct, files, tokens=bench.reconstruct_tokens, seed=7)
+    bench.step(f"reconstruct {name}", steps.reconstruct, files, tokens=bench.reconstruct_tokens)
     kept = {kind: bench.folder / "teacher" / f"{kind}.npy" for kind in ("ids", "logprobs")}
-    files = {"model": bench.model(f"reconstruct {name}"), "text": learn, **kept}
+    files = {"model": bench.model(f"reconstruct {name}"), "text": learn, "watch": watch, **kept}
     asked = {"method": "full", "rank": 16, "epochs": 1, "learning_rate": 1e-4, "seed": 7, "keep_zeros": False}
     bench.step(f"distil {name}", steps.distil, files, tokens=bench.learn_tokens, **asked)
     return bench.model(f"distil {name}")
@@ -233,7 +240,7 @@ def run(bench: Bench) -> None:
         probe_tokens=0,
     )
     bench.step(
-        "depth", prune_blocks.depth, learn, drop_layers=DROP_LAYERS, probe_tokens=512, screen_tokens=96
+        "depth", prune_blocks.depth, learn, drop_layers=bench.drop_layers, probe_tokens=512, screen_tokens=96
     )
     cuts = {name: bench.measure(name, bench.model(name), "dense") for name in ("width", "depth")}
     peer = bench.measure(
@@ -243,7 +250,12 @@ def run(bench: Bench) -> None:
         bench.to_q8_0(name, bench.model(name))
     recovered: dict[str, dict[str, Any]] = {}
     if has_torch:
-        bench.step("teacher", teacher.keep, learn, tokens=bench.learn_tokens)
+        bench.step(
+            "teacher",
+            teacher.keep,
+            {**learn, "watch": bench.folder / "watch.json"},
+            tokens=bench.learn_tokens,
+        )
         for name in cuts:
             path = recover(bench, name, "vocabulary")
             bench.measure(f"reconstructed {name}", bench.model(f"reconstruct {name}"), "dense")
@@ -274,11 +286,11 @@ def run(bench: Bench) -> None:
     }
     report = bench.step(
         "report", sparsify.report, files, {"choice": {"types": types}},
-        serving=SERVING, prompt_tokens=128, decode_tokens=48, repeats=3,
+        serving=SERVING, prompt_tokens=128, decode_tokens=48, repeats=bench.repeats,
     )  # fmt: skip
     bench.say(f"sparsity: {report['verdict']}")
 
-    speeds = bench.speeds(3)
+    speeds = bench.speeds(bench.repeats)
     for name, speed in speeds.items():
         bench.say(
             f"{name}: {speed['decode']:.0f} decode, {speed['prefill']:.0f} prefill tokens/s, busy {speed['busy']:.2f}"
@@ -376,7 +388,7 @@ def add_rows(
         "<= 0.7",
         cuts["width"]["kld_mean"] <= 0.7 * peer["kld_mean"],
     )
-    for name, label in (("width", f"width {KEEP_WIDTH}"), ("depth", f"depth -{DROP_LAYERS}")):
+    for name, label in (("width", f"width {KEEP_WIDTH}"), ("depth", f"depth -{bench.drop_layers}")):
         add(
             f"{label}: Q8_0 file",
             sizes[name],

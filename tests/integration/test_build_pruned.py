@@ -105,7 +105,7 @@ def test_equal_inputs_give_equal_bytes(pruned: tuple[Path, BuildResult], tmp_pat
     [
         ({"keep_vocabulary_tokens": 262}, (3, 512, 262)),
         pytest.param({"keep_ffn_width": 256}, (3, 256, 267), marks=pytest.mark.slow),
-        ({"drop_layers": 1}, (2, 512, 267)),
+        pytest.param({"drop_layers": 1}, (2, 512, 267), marks=pytest.mark.slow),
     ],
 )
 def test_each_cut_alone(tmp_path: Path, cut: dict[str, int], expected: tuple[int, int, int]) -> None:

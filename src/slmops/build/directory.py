@@ -301,6 +301,10 @@ def diff(old: Build, new: Build) -> dict[str, Any]:
         before, after = old.scores.get(group, {}), new.scores.get(group, {})
         for metric in sorted({*before, *after}):
             _note(result, f"scores.{group}.{metric}", before.get(metric), after.get(metric))
+    for step in sorted({*old.weight_steps, *new.weight_steps}):
+        before, after = old.weight_steps.get(step, {}), new.weight_steps.get(step, {})
+        for name in sorted({*before, *after}):
+            _note(result, f"weight_steps.{step}.{name}", before.get(name), after.get(name))
     olds, news = {v.profile: v for v in old.variants}, {v.profile: v for v in new.variants}
     variants: dict[str, Any] = {}
     for profile in sorted({*olds, *news}):

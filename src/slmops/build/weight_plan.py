@@ -138,7 +138,7 @@ class _Plan:
         text = self._learned_text(index, prune.general_text, tokens, recover.seed if recover else SEED)
         if prune.keep_ffn_width is not None:
             params = {"keep_ffn_width": prune.keep_ffn_width, "moment_tokens": MOMENT_TOKENS, **_PARAMS}
-            inputs = {"text": text, "model": self.unquantised()}
+            inputs = {**_texts(text), "model": self.unquantised()}
             self.model = self.add("prune width", "slmops.build.steps.prune_blocks:width", inputs, params)
             self._noted(self.model, cut=True)
         if prune.drop_layers is not None:
@@ -167,10 +167,9 @@ class _Plan:
         assert self.dense is not None  # begin_cut set it
         if recover.reconstruct_tokens:
             cuts = {f"structure-{number}": cut for number, cut in enumerate(self.cuts)}
-            inputs = {"model": self.unquantised(), "teacher": self.dense, "text": text, **cuts}
+            inputs = {"model": self.unquantised(), "teacher": self.dense, **_texts(text), **cuts}
             params = {
                 "tokens": recover.reconstruct_tokens,
-                "seed": recover.seed,
                 "torch": self.torch,
             }
             self.model = self.add("reconstruct", "slmops.train.steps:reconstruct", inputs, params)
@@ -190,12 +189,12 @@ class _Plan:
         kept = self.add(
             "teacher",
             "slmops.build.steps.teacher:keep",
-            {"model": teacher, "text": text},
+            {"model": teacher, **_texts(text)},
             {"tokens": distil.tokens},
         )
         inputs = {
             "model": student,
-            "text": text,
+            **_texts(text),
             "ids": Output(kept.step, "ids.npy"),
             "logprobs": Output(kept.step, "logprobs.npy"),
         }
@@ -312,6 +311,11 @@ def plan_weights(
         elif step.distil is not None:
             plan.distil(index, step.distil)
     return plan.finish()
+
+
+def _texts(text: Output) -> dict[str, Source]:
+    """The text to learn from, and the text to watch."""
+    return {"text": text, "watch": Output(text.step, "watch.json")}
 
 
 def torch_version() -> str | None:

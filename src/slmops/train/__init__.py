@@ -7,4 +7,7 @@ build a release from a committed adapter: ``build`` merges adapters with numpy a
 Read in this order: ``tokenizer`` (text to ids as the engine does it), ``llama`` (the model, straight from a
 GGUF), ``lora`` (what is trained), ``packing`` (examples to rows), ``adapter`` (the GGUF adapter file),
 ``finetune`` (the loop).
+
+Recovery of cut models: ``students`` (weights that learn, and the file), ``reconstruct`` (block by block), ``distil``
+(predictions), ``steps`` (what a build's graph names; imports no torch by itself).
 """

@@ -31,7 +31,6 @@ from slmops.train.lora import LoraWeights
 from slmops.train.students import (
     TextRow,
     begin,
-    held_out,
     load_state,
     order_of,
     rate_at,
@@ -39,7 +38,7 @@ from slmops.train.students import (
     text_rows,
 )
 
-ROW_TOKENS = 512
+ROW_TOKENS = 256
 CHECKPOINT_EVERY_S = 240.0
 #: how often the watched rows are looked at, beside the start
 LOOKS = 4
@@ -151,6 +150,7 @@ def distil(  # noqa: PLR0913 - student, teacher, text, settings, and where to re
     llama: Llama,
     teacher: Teacher,
     sequences: Sequence[Sequence[int]],
+    watched: Sequence[Sequence[int]],
     settings: Distillation,
     *,
     checkpoint: Path | None = None,
@@ -161,31 +161,31 @@ def distil(  # noqa: PLR0913 - student, teacher, text, settings, and where to re
 
     Args:
         llama: the student, float32; its weights are changed.
-        teacher: distributions at every token of the text.
-        sequences: the text, token ids.
+        teacher: distributions at every token of the text, then of what is watched.
+        sequences: the text, token ids; ``watched``: others, that tell whether learning helps.
+        watched: see above.
         settings: see there.
         checkpoint: file to keep state in; taken up when it is there.
         report: called with the share done and a note.
         stop_after: end after so many steps as a kill would, leaving a checkpoint: for the test that a run goes on.
 
-    Returns: all weights by tensor name; and ``divergence_before`` and ``divergence_after`` on the rows that were watched (nats a
+    Returns: all weights by tensor name; and ``divergence_before`` and ``divergence_after`` on what was watched (nats a
     token), ``steps`` made, ``best_step``, ``tokens`` learned from.
     """
     begin(settings.seed)
     rows = text_rows(sequences, ROW_TOKENS)
-    watched = held_out(len(rows)) or list(range(len(rows)))
-    learned = [index for index in range(len(rows)) if index not in watched] or watched
+    others = text_rows(watched, ROW_TOKENS, first=sum(map(len, sequences)))
     student = _Student(llama, settings)
     parameters = student.parameters()
     peak = settings.learning_rate * (10 if student.lora is not None else 1)
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.95), weight_decay=0.0)
-    steps = settings.epochs * len(learned)
+    steps = settings.epochs * len(rows)
     looks = {max(1, round(steps * (index + 1) / LOOKS)) for index in range(LOOKS)}
-    identity = {**asdict(settings), "rows": len(rows), "steps": steps}
+    identity = {**asdict(settings), "rows": len(rows), "watched": len(others)}
 
     def look() -> float:
         with torch.no_grad():
-            values = [float(student.divergence(rows[index], teacher).item()) for index in watched]
+            values = [float(student.divergence(row, teacher).item()) for row in others]
         return sum(values) / len(values)
 
     state = load_state(checkpoint, identity)
@@ -200,7 +200,7 @@ def distil(  # noqa: PLR0913 - student, teacher, text, settings, and where to re
         kept = [leaf.detach().clone() for leaf in parameters]
     saved = time.monotonic()
     while step < steps:
-        index = order_of(learned, step // len(learned), settings.seed)[step % len(learned)]
+        index = order_of(len(rows), step // len(rows), settings.seed)[step % len(rows)]
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, steps, peak)
         loss = student.divergence(rows[index], teacher)
@@ -237,7 +237,7 @@ def distil(  # noqa: PLR0913 - student, teacher, text, settings, and where to re
         "divergence_after": best,
         "steps": step,
         "best_step": best_step,
-        "tokens": sum(len(rows[index].tokens) for index in learned),
+        "tokens": sum(len(row.tokens) for row in rows),
     }
 
 

@@ -1,54 +1,55 @@
-"""Block-wise reconstruction: each block of a cut model learns to give what the dense model's blocks give.
+"""Block-wise reconstruction: each block of a cut model is fitted to give what the dense model's blocks give.
 
 Block after block, from the first: the student's block gets what the student's blocks before it give (so that it also mends
 their errors), and its target is what the dense model has at the same place. A block whose successors were dropped takes over
-their work: its target lies behind them. The loss is the squared error relative to each token's own length, because the
-next block normalises each token, and a few tokens are hundreds of times longer than others.
+their work: its target lies behind them.
 
-A block keeps what it learned only if that is better on rows that it did not learn from.
+What is fitted is ``ffn_down``, the block's last matrix, because there the best answer has a closed form: with h what flows into
+it and r what the block's output lacks, ``W += (sum r hT) (sum h hT + ridge)^-1``, each token weighted by the inverse square of
+its target's length, because the next block normalises each token and a few are hundreds of times longer than others. (Gradient
+steps on whole blocks were tried first: with 2,000 tokens they helped 11 of 30 blocks, and by less than 0.1 %.) The ridge is the
+one of a few that is best on rows that were not fitted; a block that none of them makes better there stays as it was.
 
-Source: arXiv:2510.14444 (local reconstruction after pruning).
+Source: arXiv:2510.14444 (local reconstruction after pruning matters more than the criterion).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from slmops.train.llama import Llama
+from slmops.train.llama import LinearHook, Llama
 from slmops.train.students import (
     TextRow,
     begin,
-    held_out,
     load_state,
-    order_of,
-    rate_at,
     save_state,
     text_rows,
 )
 
 ROW_TOKENS = 256
 CHECKPOINT_EVERY_S = 60.0
+#: shares of the second moments' diagonal
+RIDGES = (0.01, 0.1, 1.0)
+_TINY = 1e-12
 
 
-@dataclass(frozen=True)
-class Reconstruction:
-    """What decides the result, besides the models and the text.
+class _Capture:
+    """Takes what flows into one linear layer; adds nothing."""
 
-    Attributes:
-        epochs: how often each block goes through the text.
-        learning_rate: peak.
-        seed: of the order of rows.
-    """
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.seen = torch.empty(0)
 
-    epochs: int = 3
-    learning_rate: float = 2e-4
-    seed: int = 7
+    def delta(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
+        """See ``llama.LinearHook``."""
+        if name == self.name:
+            self.seen = x
+        return None
 
 
 def segments(kept: Sequence[int], layers: int) -> list[range]:
@@ -62,15 +63,16 @@ def segments(kept: Sequence[int], layers: int) -> list[range]:
     return [range(start, end) for start, end in zip(starts, [*kept[1:], layers], strict=True)]
 
 
-def reconstruct(  # noqa: PLR0913 - two models, their relation, text, settings, and where to report
+def reconstruct(  # noqa: PLR0913 - two models, their relation, text, and where to report
     student: Llama,
     dense: Llama,
     kept: Sequence[int],
     sequences: Sequence[Sequence[int]],
-    settings: Reconstruction,
+    watched: Sequence[Sequence[int]],
     *,
     checkpoint: Path | None = None,
     report: Callable[[float, str], None] = lambda ratio, note: None,
+    stop_after: int | None = None,
 ) -> dict[str, Any]:
     """Fit the student's blocks, in place.
 
@@ -78,19 +80,19 @@ def reconstruct(  # noqa: PLR0913 - two models, their relation, text, settings, 
         student: the cut model; ``dense``: the model before the cuts, with the same vocabulary.
         dense: see above.
         kept: see ``segments``.
-        sequences: token ids.
-        settings: see there.
+        sequences: token ids to fit on; ``watched``: others, that tell whether it helps.
+        watched: see above.
         checkpoint: file to keep state in; taken up when it is there.
         report: called with the share done and a note.
+        stop_after: end after so many blocks as a kill would, leaving a checkpoint: for the test that a run goes on.
 
-    Returns: ``blocks``, ``improved_blocks``, and the mean relative error before and after, on rows that were not learned from.
+    Returns: ``blocks``, ``improved_blocks``, and the mean relative error before and after, on rows that were not fitted.
     """
-    begin(settings.seed)
-    rows = text_rows(sequences, ROW_TOKENS)
-    watched = held_out(len(rows))
-    learned = [index for index in range(len(rows)) if index not in watched]
+    begin(0)
+    learned = text_rows(sequences, ROW_TOKENS)
+    rows = learned + text_rows(watched, ROW_TOKENS)
     parts = segments(kept, dense.shape.layers)
-    identity = {**asdict(settings), "rows": len(rows), "blocks": len(parts)}
+    identity = {"rows": len(rows), "learned": len(learned), "blocks": len(parts), "ridges": list(RIDGES)}
     state = load_state(checkpoint, identity)
     before: list[float] = list(state["before"]) if state else []
     after: list[float] = list(state["after"]) if state else []
@@ -100,84 +102,86 @@ def reconstruct(  # noqa: PLR0913 - two models, their relation, text, settings, 
     with torch.no_grad():
         ours = [student.embed(row.tokens) for row in rows]
         theirs = [dense.embed(row.tokens) for row in rows]
-    for block, part in enumerate(parts):
-        with torch.no_grad():
+        for block, part in enumerate(parts):
             for layer in part:
                 theirs = [_run(dense, layer, x, row) for x, row in zip(theirs, rows, strict=True)]
-        if block >= len(after):
-            errors = _fit(student, block, rows, ours, theirs, (learned, watched or learned), settings)
-            before.append(errors[0])
-            after.append(errors[1])
-        with torch.no_grad():
+            if block >= len(after):
+                errors = _fit(student, block, rows, ours, theirs, len(learned))
+                before.append(errors[0])
+                after.append(errors[1])
             ours = [_run(student, block, x, row) for x, row in zip(ours, rows, strict=True)]
-        report(
-            (block + 1) / len(parts),
-            f"block {block}: relative error {before[block]:.4f} to {after[block]:.4f}",
-        )
-        if time.monotonic() - saved > CHECKPOINT_EVERY_S:
-            weights = {n: w for n, w in student.weights.items() if n.startswith("blk.")}
-            save_state(
-                checkpoint, {"settings": identity, "before": before, "after": after, "weights": weights}
+            report(
+                (block + 1) / len(parts),
+                f"block {block}: relative error {before[block]:.4f} to {after[block]:.4f}",
             )
-            saved = time.monotonic()
+            if stop_after == block + 1 or time.monotonic() - saved > CHECKPOINT_EVERY_S:
+                weights = dict(trained(student))
+                save_state(
+                    checkpoint, {"settings": identity, "before": before, "after": after, "weights": weights}
+                )
+                saved = time.monotonic()
+            if stop_after == block + 1:
+                break
     return {
         "blocks": len(parts),
         "improved_blocks": sum(new < old for old, new in zip(before, after, strict=True)),
         "error_before": sum(before) / len(before),
         "error_after": sum(after) / len(after),
-        "tokens": sum(len(row.tokens) for row in rows),
+        "tokens": sum(len(row.tokens) for row in learned),
     }
 
 
-def _run(model: Llama, layer: int, x: torch.Tensor, row: TextRow) -> torch.Tensor:
-    return model.block(layer, x, *model.turning(row.positions), model.bias(row.mask))
+def _run(
+    model: Llama, layer: int, x: torch.Tensor, row: TextRow, hook: LinearHook | None = None
+) -> torch.Tensor:
+    return model.block(layer, x, *model.turning(row.positions), model.bias(row.mask), hook)
 
 
-def _fit(  # noqa: PLR0913 - one block's share of the above
+def _fit(
     student: Llama,
     block: int,
     rows: Sequence[TextRow],
     inputs: Sequence[torch.Tensor],
     targets: Sequence[torch.Tensor],
-    chosen: tuple[Sequence[int], Sequence[int]],
-    settings: Reconstruction,
+    learned: int,
 ) -> tuple[float, float]:
-    """Train one block on some rows, watch others; return the watched rows' error before and after."""
-    learned, watched = chosen
-    prefix = f"blk.{block}."
-    old = {name: weight for name, weight in student.weights.items() if name.startswith(prefix)}
+    """Fit one block's last matrix on the first rows, watch the others; return their mean relative error before and after."""
+    name = f"blk.{block}.ffn_down"
+    capture = _Capture(name)
+    kept: list[
+        tuple[torch.Tensor, torch.Tensor]
+    ] = []  # of watched rows: h (t, ffn), r (t, hidden), both by length
+    gram: torch.Tensor | None = None  # (ffn, ffn)
+    cross: torch.Tensor | None = None  # (ffn, hidden)
+    for index in range(len(rows)):
+        lacking = targets[index] - _run(student, block, inputs[index], rows[index], capture)
+        length = targets[index].norm(dim=-1, keepdim=True).clamp_min(_TINY)  # (t, 1)
+        h, r = capture.seen / length, lacking / length
+        if index >= learned:
+            kept.append((h, r))
+        else:
+            here, there = (h.T @ h).double(), (h.T @ r).double()
+            gram, cross = (here, there) if gram is None or cross is None else (gram + here, cross + there)
+    assert gram is not None and cross is not None  # there is at least one row
+    tokens = sum(len(h) for h, _ in kept)
 
-    def error(index: int) -> torch.Tensor:
-        difference = _run(student, block, inputs[index], rows[index]) - targets[index]  # (t, hidden)
-        return (difference.square().sum(-1) / targets[index].square().sum(-1)).mean()
+    def watched_error(change: torch.Tensor | None) -> float:
+        left = (r if change is None else r - h @ change for h, r in kept)
+        return float(sum(part.square().sum().item() for part in left)) / tokens
 
-    def watched_error() -> float:
-        with torch.no_grad():
-            return float(sum(error(index).item() for index in watched)) / len(watched)
-
-    first = watched_error()
-    leaves = {name: weight.clone().requires_grad_() for name, weight in old.items()}
-    student.weights.update(leaves)
-    optimizer = torch.optim.AdamW(
-        leaves.values(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
-    )
-    steps = settings.epochs * len(learned)
-    for step in range(steps):
-        index = order_of(learned, step // len(learned), settings.seed)[step % len(learned)]
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, steps, settings.learning_rate)
-        torch.autograd.backward(error(index))
-        torch.nn.utils.clip_grad_norm_(leaves.values(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    student.weights.update({name: leaf.detach() for name, leaf in leaves.items()})
-    last = watched_error()
-    if last < first:
-        return first, last
-    student.weights.update(old)
-    return first, first
+    first = best = watched_error(None)
+    diagonal = gram.diagonal()
+    least = diagonal.mean() * 1e-8 + _TINY
+    for ridge in RIDGES:
+        solved = torch.linalg.solve(gram + torch.diag(ridge * diagonal + least), cross).float()
+        now = watched_error(solved)
+        if now < best:
+            best, change = now, solved
+    if best < first:
+        student.weights[f"{name}.weight"] = student.weights[f"{name}.weight"] + change.T
+    return first, best
 
 
 def trained(student: Llama) -> Mapping[str, torch.Tensor]:
     """The weights that reconstruction may have changed."""
-    return {name: weight for name, weight in student.weights.items() if name.startswith("blk.")}
+    return {name: weight for name, weight in student.weights.items() if name.endswith(".ffn_down.weight")}

@@ -57,13 +57,13 @@ class Context(Protocol):
 def reconstruct(context: Context) -> dict[str, Any]:
     """Fit each block of a cut model to the dense model's blocks.
 
-    Files in: ``model`` (F16, cut), ``teacher`` (F16, dense, the same vocabulary), ``text``, ``structure-0``... (the cuts,
-    in order); out: ``model.gguf``. Params: ``tokens``, ``seed``. Value: see ``slmops.train.reconstruct.reconstruct``.
+    Files in: ``model`` (F16, cut), ``teacher`` (F16, dense, the same vocabulary), ``text``, ``watch``, ``structure-0``...
+    (the cuts, in order); out: ``model.gguf``. Params: ``tokens``. Value: see ``slmops.train.reconstruct.reconstruct``.
     """
     _need_torch()
     from slmops.train.llama import load_llama  # noqa: PLC0415 - torch only where it is used
-    from slmops.train.reconstruct import Reconstruction, trained  # noqa: PLC0415
     from slmops.train.reconstruct import reconstruct as run  # noqa: PLC0415
+    from slmops.train.reconstruct import trained  # noqa: PLC0415
     from slmops.train.students import write_weights  # noqa: PLC0415
 
     context.progress(0.0, "loading student and dense model")
@@ -78,7 +78,7 @@ def reconstruct(context: Context) -> dict[str, Any]:
         dense,
         kept,
         _text(context),
-        Reconstruction(seed=int(context.params["seed"])),
+        _watched(context),
         checkpoint=_checkpoint(context, "reconstruct.pt"),
         report=context.progress,
     )
@@ -89,8 +89,8 @@ def reconstruct(context: Context) -> dict[str, Any]:
 def distil(context: Context) -> dict[str, Any]:
     """Train a model towards a teacher's kept distributions.
 
-    Files in: ``model`` (F16), ``text``, ``ids``, ``logprobs``; out: ``model.gguf``. Params: ``method``, ``rank``, ``epochs``,
-    ``learning_rate``, ``seed``, ``keep_zeros``, ``tokens``. Value: see ``slmops.train.distil.distil``.
+    Files in: ``model`` (F16), ``text``, ``watch``, ``ids``, ``logprobs``; out: ``model.gguf``. Params: ``method``, ``rank``,
+    ``epochs``, ``learning_rate``, ``seed``, ``keep_zeros``, ``tokens``. Value: see ``slmops.train.distil.distil``.
     """
     _need_torch()
     import numpy as np  # noqa: PLC0415 - with torch, only where it is used
@@ -114,6 +114,7 @@ def distil(context: Context) -> dict[str, Any]:
         load_llama(context.files["model"]),
         Teacher(np.load(context.files["ids"]), np.load(context.files["logprobs"])),
         _text(context),
+        _watched(context),
         settings,
         checkpoint=_checkpoint(context, "distil.pt"),
         report=context.progress,
@@ -131,6 +132,11 @@ def _text(context: Context) -> list[list[int]]:
             break
         chosen.append(sequence)
     return chosen
+
+
+def _watched(context: Context) -> list[list[int]]:
+    watched: list[list[int]] = json.loads(context.files["watch"].read_text(encoding="utf-8"))
+    return watched
 
 
 def _checkpoint(context: Context, name: str) -> Path | None:

@@ -43,11 +43,11 @@ class TextRow:
     places: torch.Tensor
 
 
-def text_rows(sequences: Sequence[Sequence[int]], row_tokens: int) -> list[TextRow]:
-    """Pack sequences, in order, into rows of about so many tokens."""
+def text_rows(sequences: Sequence[Sequence[int]], row_tokens: int, first: int = 0) -> list[TextRow]:
+    """Pack sequences, in order, into rows of about so many tokens; ``first``: the place of the first token."""
     rows: list[TextRow] = []
     batch: list[tuple[int, Sequence[int]]] = []
-    filled = at = 0
+    filled, at = 0, first
     for sequence in sequences:
         if batch and filled + len(sequence) > row_tokens:
             rows.append(_row(batch))
@@ -68,15 +68,12 @@ def _row(batch: Sequence[tuple[int, Sequence[int]]]) -> TextRow:
     return TextRow(tokens, positions, (of[:, None] == of[None, :]).tril(), places)
 
 
-def held_out(count: int) -> list[int]:
-    """Which rows are not learned from but watched: one in eight, spread evenly; none of very few."""
-    return list(range(3, count, 8)) if count >= 4 else []
-
-
-def order_of(rows: Sequence[int], epoch: int, seed: int) -> list[int]:
-    """The rows in an epoch's order, from seed and epoch alone."""
-    chance = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return [rows[index] for index in torch.randperm(len(rows), generator=chance).tolist()]
+def order_of(count: int, epoch: int, seed: int) -> list[int]:
+    """The rows' order in an epoch, from seed and epoch alone."""
+    order: list[int] = torch.randperm(
+        count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    ).tolist()
+    return order
 
 
 def rate_at(step: int, steps: int, peak: float) -> float:

@@ -64,12 +64,33 @@ def layer(seed: int) -> tuple[np.ndarray, np.ndarray]:
 def test_what_the_others_can_make_is_not_missed() -> None:
     """64 neurons that span 32 dimensions: half can go, and next to nothing is lost."""
     rows, activations = layer(1)
-    kept, new, lost = narrow(rows, activations.T @ activations, 32)
+    second = activations.T @ activations
+    kept, new, lost = narrow(rows, second, 32, second)
     assert len(kept) == 32
     assert new.shape == (8, 32)
     assert lost < 0.01
     difference = activations[:, list(kept)] @ new.T - activations @ rows.T
     assert (difference**2).sum() / ((activations @ rows.T) ** 2).sum() == pytest.approx(lost, rel=0.05)
+
+
+def test_other_text_says_how_much_to_make_up() -> None:
+    """From a sample of hardly more tokens than neurons, what fits that sample best is not what is best."""
+    rng = np.random.default_rng(3)
+    mixing = rng.standard_normal((64, 64)) * np.exp(rng.standard_normal(64))
+    few, others, many = (
+        (rng.standard_normal((count, 64)) @ mixing + 3 * rng.standard_normal((count, 64))).astype(np.float32)
+        for count in (70, 70, 5000)
+    )
+    rows = rng.standard_normal((8, 64)).astype(np.float32)
+
+    def loss(kept: tuple[int, ...], new: np.ndarray) -> float:
+        exact = many @ rows.T
+        return float(((many[:, list(kept)] @ new.T - exact) ** 2).sum() / (exact**2).sum())
+
+    blind = narrow(rows, few.T @ few, 40, few.T @ few)
+    watched = narrow(rows, few.T @ few, 40, others.T @ others)
+    assert blind[2] < watched[2]  # what it says of itself
+    assert loss(*watched[:2]) < loss(*blind[:2])  # what is so
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -262,6 +283,19 @@ def test_models_that_cannot_be_cut_are_refused_by_name(
     base = other_architecture(tmp_path / "base.gguf")
     with pytest.raises(BaseModelError, match=message):
         check(context(tmp_path / "out", {"base": base}, asked=[asked], training=False, torch=None))
+
+
+def test_models_that_cannot_be_trained_are_refused_by_name(model: Path, tmp_path: Path) -> None:
+    """Another architecture, or tensors that the trainer would leave out (scaled rotary positions, biases)."""
+    asked: dict[str, Any] = {"asked": [], "training": True, "torch": "2"}
+    assert check(context(tmp_path / "a", {"base": model}, **asked))
+    other = other_architecture(tmp_path / "other.gguf")
+    with pytest.raises(BuildError, match="architecture 'gemma3' cannot be trained"):
+        check(context(tmp_path / "b", {"base": other}, **asked))
+    content = model.read_bytes().replace(b"blk.2.ffn_norm.weight", b"blk.2.attn_q.fishes--")
+    (tmp_path / "odd.gguf").write_bytes(content)
+    with pytest.raises(BuildError, match=r"the trainer does not know blk\.2\.attn_q\.fishes--"):
+        check(context(tmp_path / "c", {"base": tmp_path / "odd.gguf"}, **asked))
 
 
 def test_weights_beyond_f16_are_refused(tmp_path: Path) -> None:

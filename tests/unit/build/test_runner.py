@@ -151,3 +151,18 @@ def test_a_graph_out_of_order_is_our_bug(tmp_path: Path) -> None:
     steps = list(reversed(chain(tmp_path / "log")))
     with pytest.raises(BugError, match="needs"):
         run_steps(steps, Cache(tmp_path / "cache"), progress=quiet, workers=0)
+
+
+def test_a_step_that_was_killed_finds_its_checkpoint(tmp_path: Path) -> None:
+    """Across runs, for the same inputs, settings and code only; nothing is left when it ended well."""
+    cache = Cache(tmp_path / "cache")
+    step = Step("train", f"{STEPS}:train", params={"seed": 1})
+    for _ in range(2):
+        with pytest.raises(BuildError, match="died with exit status -9"):
+            run_steps([step], cache, progress=quiet, workers=1)
+    with pytest.raises(BuildError, match="died with exit status -9"):
+        run_steps([Step("train", f"{STEPS}:train", params={"seed": 2})], cache, progress=quiet, workers=1)
+    finished = run_steps([step], cache, progress=quiet, workers=1)
+    assert finished.results["train"].value == {"rounds": 3}
+    left = list((tmp_path / "cache" / "checkpoints").iterdir())
+    assert [(folder / "state").read_text() for folder in left] == ["1"]  # the other seed's

@@ -43,9 +43,12 @@ USES = (
 )
 WINDOW_TOKENS = 256
 #: neurons that go between two looks at what the rest costs
-AT_ONCE = 16
-#: added to H's diagonal, of itself and of its mean: keeps the make-up modest, and H invertible where neurons never fire
-DAMPING, LEAST_DAMPING = 0.01, 1e-8
+AT_ONCE = 32
+#: shares of H's diagonal that are added to it, so that the make-up is of the layer and not of the sample; and of its mean, so
+#: that H is invertible where neurons never fire
+DAMPINGS, LEAST_DAMPING = (0.03, 0.3), 1e-8
+#: one window in so many is not learned from: it chooses the damping
+WATCHED_SHARE = 8
 #: second moments held in memory at once
 MOMENTS_BYTES = 1 << 30
 #: one in so many blocks comes into the second round
@@ -58,12 +61,14 @@ OUTPUTS = ("attn_output.weight", "attn_output.bias", "ffn_down.weight", "ffn_dow
 def width(context: StepContext) -> dict[str, Any]:
     """Narrow every feed-forward layer to ``keep_ffn_width`` neurons.
 
-    Files in: ``model`` (F16), ``text`` (token ids); out: ``model.gguf``, ``structure.json``. Params: ``keep_ffn_width``,
-    ``moment_tokens``, ``probe_tokens``. Value: widths, ``lost_ratio`` (squared output that cannot be made up, mean and worst
-    block), ``kld`` from the model before.
+    Files in: ``model`` (F16), ``text`` (token ids), maybe ``watch`` (others); out: ``model.gguf``, ``structure.json``. Params:
+    ``keep_ffn_width``, ``moment_tokens``, ``probe_tokens``. Value: widths, ``lost_ratio`` (squared output that cannot be made
+    up, mean and worst block), ``kld`` from the model before, on what is watched.
     """
     wanted = int(context.params["keep_ffn_width"])
-    sequences = calibration_windows(context.files["text"], int(context.params["moment_tokens"]))
+    windows = calibration_windows(context.files["text"], int(context.params["moment_tokens"]))
+    watched = windows[::WATCHED_SHARE] if len(windows) >= WATCHED_SHARE else []
+    learned = [window for index, window in enumerate(windows) if not watched or index % WATCHED_SHARE]
     target = context.out / "model.gguf"
     neurons: dict[int, tuple[int, ...]] = {}
     changed: dict[str, NDArray[np.float32]] = {}
@@ -71,15 +76,15 @@ def width(context: StepContext) -> dict[str, Any]:
     with open_gguf(context.files["model"]) as model:
         before = check_width(model, wanted)
         layers = list(range(model.layout.number("block_count")))
-        at_once = max(1, MOMENTS_BYTES // (4 * before * before))
+        at_once = max(1, MOMENTS_BYTES // (8 * before * before))
         for start in range(0, len(layers), at_once):
-            part = layers[start : start + at_once]
-            names = {layer: f"blk.{layer}.ffn_down.weight" for layer in part}
+            names = {layer: f"blk.{layer}.ffn_down.weight" for layer in layers[start : start + at_once]}
             context.progress(0.05 + 0.75 * start / len(layers), "collecting activations")
-            moments = collect_moments(context.files["model"], sequences, list(names.values()))
+            moments = collect_moments(context.files["model"], learned, list(names.values()))
+            others = collect_moments(context.files["model"], watched, list(names.values())) if watched else {}
             for layer, name in names.items():
-                rows = _rows(model, name)
-                neurons[layer], changed[name], lost[layer] = narrow(rows, moments.pop(name), wanted)
+                cut_layer = narrow(_rows(model, name), moments.pop(name), wanted, others.pop(name, None))
+                neurons[layer], changed[name], lost[layer] = cut_layer
                 context.progress(
                     0.3 + 0.5 * (layer + 1) / len(layers), f"block {layer}: {lost[layer]:.2%} lost"
                 )
@@ -99,7 +104,10 @@ def width(context: StepContext) -> dict[str, Any]:
 
 
 def narrow(
-    rows: NDArray[np.float32], moments: NDArray[np.float32], keep: int
+    rows: NDArray[np.float32],
+    moments: NDArray[np.float32],
+    keep: int,
+    watched: NDArray[np.float32] | None = None,
 ) -> tuple[tuple[int, ...], NDArray[np.float32], float]:
     """Choose the neurons of one feed-forward layer, and make up for the others.
 
@@ -107,13 +115,26 @@ def narrow(
         rows: of ``ffn_down``, shape (hidden, ffn).
         moments: sum of h hᵀ, shape (ffn, ffn).
         keep: neurons to keep.
+        watched: the same of other text, which chooses how much is made up for; None: the larger damping.
 
-    Returns: the kept neurons, ascending; new rows, shape (hidden, keep); the share of the layer's squared output that is lost.
+    Returns: the kept neurons, ascending; new rows, shape (hidden, keep); the share of the layer's squared output that is lost, on
+    the watched text where there is some.
     """
-    weights = rows.astype(np.float64)
-    second = moments.astype(np.float64)
+    judge = (moments if watched is None else watched).astype(np.float64)
+    found = []
+    for damping in DAMPINGS if watched is not None else DAMPINGS[-1:]:
+        alive, weights = _removed(rows.astype(np.float64), moments.astype(np.float64), keep, damping)
+        found.append((_lost_ratio(rows.astype(np.float64), alive, weights, judge), alive, weights))
+    lost, alive, weights = min(found, key=lambda result: result[0])
+    return tuple(int(i) for i in alive), weights.astype(np.float32), lost
+
+
+def _removed(
+    weights: NDArray[np.float64], second: NDArray[np.float64], keep: int, damping: float
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Remove what is missed least, a few at a time; give who is left, and their columns."""
     own = np.diag(second)
-    inverse = np.linalg.inv(second + np.diag(DAMPING * own + (LEAST_DAMPING * own.mean() or 1.0)))
+    inverse = np.linalg.inv(second + np.diag(damping * own + (LEAST_DAMPING * own.mean() or 1.0)))
     alive = np.arange(len(second))
     while len(alive) > keep:
         count = min(AT_ONCE, len(alive) - keep)
@@ -126,16 +147,20 @@ def narrow(
         weights = weights[:, stay] - weights[:, out] @ make_up
         inverse = inverse[np.ix_(stay, stay)] - inverse[np.ix_(stay, out)] @ make_up
         alive = alive[stay]
-    whole = rows.astype(np.float64)
+    return alive, weights
+
+
+def _lost_ratio(
+    whole: NDArray[np.float64],
+    alive: NDArray[np.int64],
+    weights: NDArray[np.float64],
+    second: NDArray[np.float64],
+) -> float:
+    """Share of the squared output that is lost."""
     difference = whole.copy()
     difference[:, alive] -= weights
-    squared = float(np.einsum("ij,jk,ik->", whole, second, whole, optimize=True))
-    lost = float(np.einsum("ij,jk,ik->", difference, second, difference, optimize=True))
-    return (
-        tuple(int(i) for i in alive),
-        weights.astype(np.float32),
-        lost / squared if squared > 0 else 0.0,
-    )
+    squared = float(((whole @ second) * whole).sum())
+    return float(((difference @ second) * difference).sum()) / squared if squared > 0 else 0.0
 
 
 def depth(context: StepContext) -> dict[str, Any]:
@@ -214,7 +239,8 @@ def _measured(context: StepContext) -> dict[str, Any]:
     if not tokens:
         return {}
     context.progress(0.9, "measuring KL divergence")
-    probe = Probe(context.files["model"], probe_sequences(context.files["text"], tokens))
+    text = context.files.get("watch", context.files["text"])
+    probe = Probe(context.files["model"], probe_sequences(text, tokens))
     return {"kld": probe.divergence(context.out / "model.gguf"), "probe_tokens": probe.tokens}
 
 

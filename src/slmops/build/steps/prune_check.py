@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from typing import Any
 
-from slmops.build.gguf_file import open_gguf
+from slmops.build.gguf_file import GgufFile, open_gguf
 from slmops.build.graph import StepContext
 from slmops.build.structure import Structure, check_depth, check_width, cut
 from slmops.build.vocabulary import kept_tokens, read_vocabulary
@@ -18,8 +19,12 @@ USES = (
     "slmops.build.vocabulary",
     "slmops.runtimes.llama_cpp.quantise",
 )
-#: what the trainer reads; see slmops.train.llama
+#: what the trainer computes; see slmops.train.llama
 TRAINABLE = ("llama",)
+_TRAINABLE_TENSOR = re.compile(
+    r"^(token_embd|output|output_norm)\.weight$"
+    r"|^blk\.\d+\.(attn_norm|ffn_norm|attn_q|attn_k|attn_v|attn_output|ffn_gate|ffn_up|ffn_down)\.weight$"
+)
 
 
 def check(context: StepContext) -> dict[str, Any]:
@@ -61,13 +66,25 @@ def check(context: StepContext) -> dict[str, Any]:
                 "the recipe asks for training (recover or distil), and torch is not installed here",
                 hint="pip install 'slmops[train]', or leave recover and distil out of the recipe: pruning works without",
             )
-        if params["training"] and base.layout.architecture not in TRAINABLE:
-            raise BuildError(
-                f"the recipe asks for training (recover or distil), and architecture {base.layout.architecture!r} "
-                f"cannot be trained (can: {', '.join(TRAINABLE)})",
-                hint="leave recover and distil out of the recipe: pruning works without",
-            )
+        if params["training"]:
+            _check_trainable(base)
     return {"layers": layers, "ffn": ffn}
+
+
+def _check_trainable(base: GgufFile) -> None:
+    """Refuse what the trainer would compute otherwise than the engine does."""
+    odd = next((t.name for t in base.layout.tensors if not _TRAINABLE_TENSOR.match(t.name)), None)
+    scaling = base.layout.metadata.get(f"{base.layout.architecture}.rope.scaling.type", "none")
+    if base.layout.architecture not in TRAINABLE:
+        what = f"architecture {base.layout.architecture!r} cannot be trained (can: {', '.join(TRAINABLE)})"
+    elif odd is not None or scaling != "none":
+        what = f"the trainer does not know {odd or f'rope scaling {scaling!r}'}"
+    else:
+        return
+    raise BuildError(
+        f"the recipe asks for training (recover or distil), and {what}",
+        hint="leave recover and distil out of the recipe: pruning works without",
+    )
 
 
 def follow(context: StepContext) -> dict[str, Any]:

@@ -31,6 +31,8 @@ USES = (
 )
 KEPT = 64
 LONGEST_TOKENS = 256
+#: one token in so many is watched instead of learned from, at most so many
+WATCHED_SHARE, MOST_WATCHED_TOKENS = 8, 2048
 #: tokens of one decode; student and teacher are not compared bit by bit
 BATCH_TOKENS = 256
 
@@ -39,13 +41,19 @@ def text(context: StepContext) -> dict[str, Any]:
     """Render text to learn from, never from the evaluation set.
 
     Files in: ``model`` (its tokenizer and chat template), ``calibration``, maybe ``train``, ``system_prompt``,
-    ``general-0``...; out: ``text.json`` (lists of token ids). Params: ``tokens``, ``seed``.
+    ``general-0``...; out: ``text.json`` (lists of token ids) and ``watch.json`` (others, never learned from: what tells whether
+    learning helps). Params: ``tokens``: of the text to learn from, ``seed``.
+
+    Raises:
+        BuildError: there are not even two texts.
     """
     return asyncio.run(_text(context))
 
 
 async def _text(context: StepContext) -> dict[str, Any]:
-    files, wanted = context.files, int(context.params["tokens"])
+    files, learned = context.files, int(context.params["tokens"])
+    watched = min(MOST_WATCHED_TOKENS, max(learned // WATCHED_SHARE, 1))
+    wanted = learned + watched
     prompt = files["system_prompt"].read_text(encoding="utf-8").strip() if "system_prompt" in files else ""
     items = read_calibration(files["calibration"], prompt)
     if "train" in files:
@@ -79,12 +87,21 @@ async def _text(context: StepContext) -> dict[str, Any]:
             sequences.append(token_ids[:LONGEST_TOKENS])
     sequences = [sequence for sequence in sequences if len(sequence) > 1]
     random.Random(int(context.params["seed"])).shuffle(sequences)  # any beginning is a fair part of the whole
-    if not sequences:
+    if len(sequences) < 2:
         raise BuildError(
-            "there is no text to learn from", hint="give task.train, or more text in task.calibration"
+            f"there are {len(sequences)} texts to learn from, expected some 100",
+            hint="give task.train, general_text, or more text in task.calibration",
         )
-    (context.out / "text.json").write_text(json.dumps(sequences, separators=(",", ":")), encoding="utf-8")
-    return {"sequences": len(sequences), "tokens": sum(map(len, sequences))}
+    watch = _first(sequences[:-1], watched)
+    learn = _first(sequences[len(watch) :], learned)
+    for name, chosen in (("text.json", learn), ("watch.json", watch)):
+        (context.out / name).write_text(json.dumps(chosen, separators=(",", ":")), encoding="utf-8")
+    return {
+        "texts": len(learn),
+        "tokens": sum(map(len, learn)),
+        "watched_texts": len(watch),
+        "watched_tokens": sum(map(len, watch)),
+    }
 
 
 def _first(sequences: list[list[int]], tokens: int) -> list[list[int]]:
@@ -101,13 +118,14 @@ def _first(sequences: list[list[int]], tokens: int) -> list[list[int]]:
 def keep(context: StepContext) -> dict[str, Any]:
     """Keep a teacher's distributions at every position of the text.
 
-    Files in: ``model`` (the teacher), ``text``; out: ``ids.npy`` (tokens, k) uint32, ``logprobs.npy`` (tokens, k) float16,
-    in the order of the text, likeliest first. Params: ``tokens``: how many, from the text's beginning.
-    Value: ``kept_mass``: mean probability of the kept tokens.
+    Files in: ``model`` (the teacher), ``text``, ``watch``; out: ``ids.npy`` (tokens, k) uint32, ``logprobs.npy`` (tokens, k)
+    float16, likeliest first, in the order of the text, then of what is watched. Params: ``tokens``: how many of the text, from
+    its beginning. Value: ``kept_mass``: mean probability of the kept tokens.
     """
     sequences = _first(
         json.loads(context.files["text"].read_text(encoding="utf-8")), int(context.params["tokens"])
     )
+    sequences += json.loads(context.files["watch"].read_text(encoding="utf-8"))
     longest = max(len(sequence) for sequence in sequences)
     ids, logprobs = [], []
     with LogitModel(

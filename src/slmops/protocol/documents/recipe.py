@@ -111,7 +111,7 @@ class Recovery(Section):
     """
 
     method: Literal["full", "lora"] = "full"
-    reconstruct_tokens: int = Field(default=4096, ge=0)
+    reconstruct_tokens: int = Field(default=8192, ge=0)
     distil_tokens: int = Field(default=32768, ge=0)
     epochs: int = Field(default=1, ge=1)
     learning_rate: float = Field(default=1e-4, gt=0)
