@@ -217,7 +217,7 @@ def test_early_warnings_need_no_gate_and_stop_nothing() -> None:
     figures = {
         "kld_mean": 0.02,
         "flips_ratio": 0.05,
-        "kld_p99": 0.9,
+        "kld_p99": 1.9,
         "top_flips_ratio": None,
         "estimates": {
             "kld_mean": Estimate(0.02, 50, "log", 0.05).document(),

@@ -1,6 +1,6 @@
 """Likelihoods: how far a variant's next-token distributions lie from the unquantised reference's, on held-out text.
 
-The reference's distributions are computed once and kept compactly: for each scored position the ``KEPT`` likeliest tokens with
+The reference's distributions are computed once and kept compactly: for each scored position the ``TOP`` likeliest tokens with
 their log-probabilities (float16), and of the rest not one bucket but ``SAMPLED`` tokens, drawn in proportion to their probability
 (systematic sampling, seeded), with the rest's mass. Top tokens alone are biased; with the sample every term of the divergence
 has its right expectation (Anshumann et al. 2025, arXiv:2503.16870). 3 kB a position instead of 192 kB.
@@ -40,8 +40,10 @@ USES = (
     "slmops.runtimes.llama_cpp.native",
 )
 DEFAULT_RUNTIME = "llama.cpp"
-KEPT = 256
-SAMPLED = 256
+#: likeliest tokens kept without a sampled tail, where a lower bound will do
+KEPT = 1024
+#: likeliest tokens kept, and tokens sampled beyond them
+TOP, SAMPLED = 256, 256
 _SEED = 20_261_124
 _BOOTSTRAPS = 400
 _TINY = 1e-12
@@ -72,7 +74,7 @@ def reference(context: StepContext) -> dict[str, Any]:
     units: list[str] = []
     rows_before = 0
     for ratio, unit, next_ids, rows in _scored(context):
-        row_ids, row_logprobs = compact(rows)
+        row_ids, row_logprobs = compact(rows, TOP)
         tail = sample_tail(rows, row_ids, first_row=rows_before)
         rows_before += len(rows)
         ids.append(np.concatenate([row_ids, tail.ids], axis=1))
@@ -162,15 +164,18 @@ def figures(
     }
 
 
-def compact(logprobs: NDArray[np.float32]) -> tuple[NDArray[np.uint32], NDArray[np.float16]]:
+def compact(
+    logprobs: NDArray[np.float32], kept: int = KEPT
+) -> tuple[NDArray[np.uint32], NDArray[np.float16]]:
     """The likeliest tokens of each row, best first.
 
     Args:
         logprobs: shape (n, vocabulary).
+        kept: how many.
 
-    Returns: ids (n, k) and log-probabilities (n, k); k is KEPT, or the vocabulary where that is hardly larger.
+    Returns: ids (n, k) and log-probabilities (n, k); k is ``kept``, or the vocabulary where that is hardly larger.
     """
-    count = KEPT if logprobs.shape[1] > KEPT + SAMPLED else logprobs.shape[1]
+    count = kept if logprobs.shape[1] > kept + SAMPLED else logprobs.shape[1]
     if count < logprobs.shape[1]:
         chosen = np.argpartition(logprobs, -count, axis=1)[:, -count:]
     else:
