@@ -74,7 +74,15 @@ def build_world(folder: Path) -> World:
         "targets": [{"profile": "pi5-8gb", "budget": {"artifact_bytes": "90MB"}}],
         "gates": [],
         "serving": SERVING,
-        "search": {"types": ["IQ4_NL", "Q5_0", "Q8_0"], "probe_tokens": 0, "calibration_tokens": 512, "sample_rows": 8},
+        "search": {
+            "types": ["IQ4_NL", "Q5_0", "Q8_0"],
+            "probe_tokens": 0,
+            "calibration_tokens": 512,
+            "sample_rows": 8,
+            "sensitivity": "measured",
+            "verify_tokens": 0,
+            "feedback": False,
+        },
         "evaluation": {
             "text_tokens": 128,
             "task_items": 32,
