@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import random
 import subprocess
 import sys
@@ -203,7 +204,11 @@ def share(flags: Sequence[bool]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--keep", type=Path, help="work there and keep it: a second run builds nothing")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        help="work there and keep it: a second run builds nothing; scores.json holds all scores",
+    )
     parser.add_argument("--random", type=int, default=200, help="random packs to compare with")
     options = parser.parse_args()
     began = time.monotonic()
@@ -239,6 +244,12 @@ def main() -> None:
                 "context 512": {"context_tokens": 512},
             }.items()
         } | dict(other_builds(world))
+        if options.keep:
+            everything = {"reference": reference, "variant": variant, **damaged, **benign}
+            scores = {
+                k: {i: (s.tokens_sha256, s.mean_logprob) for i, s in v.items()} for k, v in everything.items()
+            }
+            (folder / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
     report(judged, before, damaged, benign, time.monotonic() - began, world.seconds_to_choose)
 
 
@@ -251,7 +262,9 @@ def damage_scores(world: World, folder: Path) -> Iterator[tuple[str, Scores]]:
         except BuildError as error:
             print(f"{damage.name}: not for this model: {error.message}", flush=True)
             continue
+        began = time.monotonic()
         yield damage.name, device_scores(damage.spec(spec_of(model)), world.candidates)
+        print(f"{damage.name}: scored in {time.monotonic() - began:.0f} s", flush=True)
         path.unlink(missing_ok=True)
 
 
