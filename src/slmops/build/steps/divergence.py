@@ -6,8 +6,8 @@ their log-probabilities (float16), and of the rest not one bucket but ``SAMPLED`
 has its right expectation (Anshumann et al. 2025, arXiv:2503.16870). 3 kB a position instead of 192 kB.
 
 Its error against the whole vocabulary in float32, measured on SmolLM2-135M with the example's task, 630 positions: mean KL of a
-4.9-bit variant off by 0.01 %, of Q8_0 by 0.6 %, 99 % KL by 0.25 %. 1,024 top tokens with one bucket for the rest, twice the bytes,
-were 1.3 % and 1.1 % low. The tests hold it to 1.5 %.
+4.9-bit variant off by 0.01 %, of Q8_0 by 0.6 %, 99 % KL by 0.25 %. 1,024 top tokens with one bucket for the rest, twice the
+bytes, were 1.3 % and 1.1 % low. The tests hold it to 1.5 %.
 
 Every figure comes with its interval: tokens of one conversation are alike, and conversations of one group too, so the group (else
 the conversation) is the unit. ``kld_p99`` takes its standard error from a seeded bootstrap over units.
