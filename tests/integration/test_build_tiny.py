@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 import yaml
+from click.testing import CliRunner
 from tests.support.control_plane import running_plane
 from tests.support.tiny_project import SMALL_EVALUATION, make_tiny_project
 
@@ -25,6 +26,8 @@ from slmops.artifact.digest import digest_of, sha256_hex
 from slmops.artifact.gguf_layout import parse_gguf
 from slmops.artifact.manifest import GoldenExpectations, GoldenPack, decode
 from slmops.build import BuildResult, StepEvent, describe, diff, load_build, run_build
+from slmops.build.damage_catalogue import PROBES
+from slmops.cli.build.group import build as build_commands
 from slmops.core.errors import (
     BaseModelError,
     BudgetError,
@@ -336,6 +339,18 @@ def test_evidence_names_its_evaluation_set_and_its_warnings(built: Built) -> Non
             "top_flips_ratio",
         }
     assert describe(built.result.build)["warnings"]
+    assert set(evidence["golden"]["noticed"]) == {damage.name for damage in PROBES}
+
+
+def test_build_show_says_what_is_amber_or_red(built: Built, tmp_path: Path) -> None:
+    """With thresholds that nothing meets: each variant's signal in words, after the gates; the verdicts are as they were."""
+    strict = {**SMALL_EVALUATION, "warnings": {"kld_mean": [0.0, 0.0]}}
+    strict_build = built.again(tmp_path / "strict", built.changed_recipe("strict.yaml", evaluation=strict))
+    shown = CliRunner().invoke(build_commands, ["show", str(tmp_path / "strict")])
+    assert shown.exit_code == 0
+    assert shown.output.count("is red") == shown.output.count("it stops nothing by itself") == 2
+    assert strict_build.steps_run == 0
+    assert strict_build.verdict == built.result.verdict
 
 
 def test_builds_on_different_evaluation_sets_are_not_compared(built: Built, tmp_path: Path) -> None:

@@ -210,7 +210,8 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
     if evaluation.base_items:
         few = evaluation.model_copy(update={"task_items": evaluation.base_items, "constrained_items": 0})
         steps.append(_answers_step(read, ASKED_BASE, base, few))
-    steps += _golden_pack_steps(read, reference, evaluation)
+    smallest = min(targets, key=lambda target: target.budget.artifact_bytes)
+    steps += _golden_pack_steps(read, reference, variants[smallest.profile], evaluation)
     for target in targets:
         steps += _measure_steps(read, target, variants[target.profile], held_out, evaluation)
     steps += [_expect_step(target, targets) for target in targets]
@@ -380,16 +381,26 @@ def _answers_step(read: ReadRecipe, name: str, model: Output | SourceFile, evalu
     return Step(name, "slmops.build.steps.answers:ask", inputs, params)
 
 
-def _golden_pack_steps(read: ReadRecipe, reference: Output, evaluation: Evaluation) -> list[Step]:
+def _golden_pack_steps(
+    read: ReadRecipe, reference: Output, variant: Output, evaluation: Evaluation
+) -> list[Step]:
+    """Choose the pack, on the smallest variant as it is and damaged, and score it with the reference."""
     inputs: dict[str, Output | SourceFile] = {
         "eval": read.sources["eval"],
         "answers": Output(ASKED_REFERENCE, "answers.jsonl"),
         "asked": Output(ASKED_REFERENCE),
     }
-    params = {"count": evaluation.golden_prompts, "max_drop_ratio": evaluation.golden_max_drop}
+    params: dict[str, Any] = {
+        "count": evaluation.golden_prompts,
+        "max_drop_ratio": evaluation.golden_max_drop,
+    }
+    light = evaluation.golden_candidates <= evaluation.golden_prompts
+    if not light:
+        inputs |= {"reference": reference, "variant": variant}
+        params |= {"candidates": evaluation.golden_candidates, "serving": serving_of(read.recipe)}
     exact = {**serving_of(read.recipe), "kv_cache": "f16"}
     return [
-        Step(PACK, "slmops.build.steps.golden:select", inputs, params, light=True),
+        Step(PACK, "slmops.build.steps.golden:select", inputs, params, light=light),
         Step(
             GOLDEN_REFERENCE,
             "slmops.build.steps.golden:score",

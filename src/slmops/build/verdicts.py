@@ -186,7 +186,11 @@ def _ask(
             max_drop=spec.max_drop if spec.slices.max_drop is None else spec.slices.max_drop,
             minimum=None,
         )
-        for part, chosen in _parts(spec.slices, names, items):
+        parts = _parts(spec.slices, names, items)
+        if not parts:
+            text = f"no part of the {len(names)} items by {spec.slices.by} has {spec.slices.min_items} items"
+            claims.append(Finding(f"{spec.metric}[{spec.slices.by}]", Verdict.INCONCLUSIVE, text))
+        for part, chosen in parts:
             question = f"{spec.metric}[{spec.slices.by}={part}]"
             if len(chosen) < spec.slices.min_items:
                 lacking = spec.slices.min_items - len(chosen)
@@ -200,6 +204,8 @@ def _ask(
 def _parts(slices: Slices, names: Sequence[str], items: Mapping[str, Item]) -> list[tuple[str, list[int]]]:
     """Rows of each part, by name; parts that are too small, and items without the field, are one part at the end.
 
+    Nothing when all are too small: together they are the whole, which is asked already.
+
     Raises:
         ValueError: no item has the field.
     """
@@ -210,4 +216,4 @@ def _parts(slices: Slices, names: Sequence[str], items: Mapping[str, Item]) -> l
     large = sorted(value for value, count in counts.items() if count >= slices.min_items)
     parts = [(value, [row for row, found in enumerate(values) if found == value]) for value in large]
     rest = [row for row, found in enumerate(values) if found is None or counts[found] < slices.min_items]
-    return [*parts, (_OTHERS, rest)] if rest else parts
+    return [*parts, (_OTHERS, rest)] if rest and parts else parts

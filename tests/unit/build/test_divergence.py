@@ -44,8 +44,8 @@ def test_a_sampled_tail_has_no_bias() -> None:
         subject.log_softmax(logits(3, 80, 20_000, 1.5)),
         subject.log_softmax(logits(3, 80, 20_000, 1.5) + logits(4, 80, 20_000, 0.3)),
     )
-    ids, kept = subject.compact(p)
-    assert ids.shape == (80, subject.KEPT)
+    ids, kept = subject.compact(p, subject.TOP)
+    assert ids.shape == (80, subject.TOP)
     tail = subject.sample_tail(p, ids, first_row=0)
     assert tail.ids.shape == (80, subject.SAMPLED)
     assert 0.2 < tail.mass.mean() < 0.9
@@ -57,7 +57,7 @@ def test_a_sampled_tail_has_no_bias() -> None:
 def test_what_is_sampled_does_not_depend_on_how_the_text_is_cut() -> None:
     """Rows are seeded one by one; only tokens beyond the likeliest are drawn."""
     p = subject.log_softmax(logits(6, 12, 3000))
-    ids, _ = subject.compact(p)
+    ids, _ = subject.compact(p, subject.TOP)
     whole = subject.sample_tail(p, ids, first_row=5)
     part = subject.sample_tail(p[4:], ids[4:], first_row=9)
     np.testing.assert_array_equal(whole.ids[4:], part.ids)
@@ -111,7 +111,7 @@ def test_the_compact_reference_agrees_with_float32(small_model: Path, tmp_path: 
         p = subject.log_softmax(model.logits(ids))
     with LogitModel(worse, context_tokens=256) as model:
         q = subject.log_softmax(model.logits(ids))
-    top, kept = subject.compact(p)
+    top, kept = subject.compact(p, subject.TOP)
     found = subject.divergence(top, kept, q, subject.sample_tail(p, top, first_row=0))
     real = exact(p, q)
     assert found.mean() == pytest.approx(real.mean(), rel=0.015)

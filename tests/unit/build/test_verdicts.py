@@ -164,6 +164,14 @@ def test_a_slice_may_have_its_own_margin_and_says_when_it_is_too_small() -> None
     assert (found[2].needed, found[2].reason) == (25, "5 items, at least 30 are asked for")
 
 
+def test_slices_that_are_all_too_small_are_no_answer() -> None:
+    spec = GateSpec(metric="task.exact_match", max_drop=0.1, slices=Slices(by="room", min_items=30))
+    same = outcomes([True] * 40)
+    whole, parts = judge([spec], TARGET, FIGURES, same, same, items(40, [str(n) for n in range(40)]))
+    assert (whole.verdict, parts.verdict) == (Verdict.PASS, Verdict.INCONCLUSIVE)
+    assert parts.gate == "task.exact_match[room]"
+
+
 def test_slices_by_a_field_that_nobody_has_are_an_error() -> None:
     spec = GateSpec(metric="task.exact_match", max_drop=0.1, slices=Slices(by="colour"))
     (finding,) = judge(
@@ -217,7 +225,7 @@ def test_early_warnings_need_no_gate_and_stop_nothing() -> None:
     figures = {
         "kld_mean": 0.02,
         "flips_ratio": 0.05,
-        "kld_p99": 0.9,
+        "kld_p99": 1.9,
         "top_flips_ratio": None,
         "estimates": {
             "kld_mean": Estimate(0.02, 50, "log", 0.05).document(),

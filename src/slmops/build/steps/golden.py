@@ -1,8 +1,10 @@
 """The golden pack: a few prompts with the answers that a good model finds likely, and what each variant says of them.
 
-**Which prompts.** Held-out items that the unquantised model answers right, in the seeded order of the evaluation; when it
-answers too few right, others are filled in. The answer in the pack is the unquantised model's own (for a right item that is
-the right answer; where it says nothing, the gold answer): the pack states how this model behaves, right or wrong.
+**Which prompts.** Candidates are held-out items that the unquantised model answers right, in the seeded order of the evaluation
+and one of each group before a second; when it answers too few right, others are filled in. The answer in the pack is the
+unquantised model's own (for a right item that is the right answer; where it says nothing, the gold answer): the pack states how
+this model behaves, right or wrong. Of the candidates those are taken that notice most (:mod:`slmops.build.golden_choice`): a
+variant is damaged in the ways that the catalogue marks as probes, and scored as a device would score it.
 
 **Own expectations** of a variant: the mean log-probability of each answer under the unquantised reference, with a tolerance
 made from the variant's own distance to it: 0.05 + 2 * max(its distance on this prompt, its mean distance). A device runs the
@@ -25,7 +27,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +45,27 @@ from slmops.artifact.manifest import (
     golden_tokens_digest,
 )
 from slmops.build.conversations import Item, read_items
+from slmops.build.damage import damaged_copy
+from slmops.build.damage_catalogue import PROBES
 from slmops.build.files import sha256_of_file
+from slmops.build.golden_choice import choose, pulls, vocabulary_parts
 from slmops.build.graph import StepContext
 from slmops.core.device.fit import Serving
-from slmops.core.errors import BuildError
-from slmops.runtimes import EngineSpec, open_engine
+from slmops.core.errors import BuildError, DeviceError, UsageError
+from slmops.runtimes import Engine, EngineSpec, open_engine
+from slmops.runtimes.llama_cpp.scorer import Scorer
 
-USES = ("slmops.artifact.manifest", "slmops.build.conversations")
+USES = (
+    "slmops.artifact.manifest",
+    "slmops.build.conversations",
+    "slmops.build.damage",
+    "slmops.build.damage_catalogue",
+    "slmops.build.gguf_file",
+    "slmops.build.golden_choice",
+    "slmops.runtimes.llama_cpp.native",
+    "slmops.runtimes.llama_cpp.quantise",
+    "slmops.runtimes.llama_cpp.scorer",
+)
 SCHEMA = 1
 #: slack for other kernels and KV-cache types, nats a token
 BASE_TOLERANCE = 0.05
@@ -57,9 +75,12 @@ _LONGEST_ANSWER_CHARACTERS = 400
 
 
 def select(context: StepContext) -> dict[str, Any]:
-    """Choose the prompts. Files in: ``eval``, ``answers`` (of the reference); out: ``golden-pack.json``.
+    """Choose the prompts.
 
-    Params: ``count``, ``max_drop_ratio``.
+    Files in: ``eval``, ``answers`` (of the reference), ``reference`` and ``variant`` (models; without them the first candidates
+    are taken); out: ``golden-pack.json``. Params: ``count``, ``max_drop_ratio``, ``candidates`` (how many are scored),
+    ``serving``. Value: ``prompts``, ``right``, and ``noticed``: for each probe the largest pull in the pack (beyond 1 it is
+    noticed).
     """
     items = {item.id: item for item in read_items(context.files["eval"])}
     said = {
@@ -69,15 +90,92 @@ def select(context: StepContext) -> dict[str, Any]:
     asked = context.values["asked"]["free"]
     exact = dict(zip(asked["items"], asked["exact"], strict=True))
     answers = {name: got if _usable(got) else items[name].answer for name, got in said.items()}
-    ranked = sorted(
-        answers, key=lambda name: (not exact[name], not _usable(said[name]))
-    )  # stable: the seeded order within
-    chosen = ranked[: int(context.params["count"])]
+    turns = _turns([items[name] for name in answers])
+    ranked = sorted(answers, key=lambda name: (not exact[name], not _usable(said[name]), turns[name]))
+    count, candidates = int(context.params["count"]), int(context.params.get("candidates", 0))
+    noticed: dict[str, float] = {}
+    if candidates > count and "variant" in context.files:
+        prompts = [_prompt(items[name], answers[name]) for name in ranked[:candidates]]
+        chosen, noticed = _most_telling(context, prompts, count)
+    else:
+        chosen = ranked[:count]
     pack = GoldenPack(
         SCHEMA, tuple(_prompt(items[i], answers[i]) for i in chosen), float(context.params["max_drop_ratio"])
     )
     (context.out / "golden-pack.json").write_bytes(encode(pack))
-    return {"prompts": len(chosen), "right": sum(exact[i] for i in chosen)}
+    return {"prompts": len(chosen), "right": sum(exact[i] for i in chosen), "noticed": noticed}
+
+
+def _turns(items: Sequence[Item]) -> dict[str, int]:
+    """For each item, how many of its group came before it: sorting by it takes one of each group before a second."""
+    count: Counter[str] = Counter()
+    turns = {}
+    for item in items:
+        turns[item.id] = count[item.group] if item.group is not None else 0
+        if item.group is not None:
+            count[item.group] += 1
+    return turns
+
+
+def _most_telling(
+    context: StepContext, prompts: Sequence[GoldenPrompt], count: int
+) -> tuple[list[str], dict[str, float]]:
+    """The prompts that notice most, and how surely each probe is noticed."""
+    serving = Serving(**context.params["serving"])
+    spec = _spec(context.files["variant"], serving)
+    rendered, vocab_tokens = asyncio.run(_render(spec, prompts))
+    reference = _logprobs(replace(spec, model_path=context.files["reference"], kv_cache="f16"), rendered)
+    good = _logprobs(spec, rendered)
+    variant = {name: value for name, value in good.items() if value is not None}
+    exact = {name: value for name, value in reference.items() if value is not None and name in variant}
+    names = [prompt.id for prompt in prompts if prompt.id in exact]
+    scratch = context.out.parent / f".{context.out.name}-damaged.gguf"
+    pull: dict[str, dict[str, float]] = {}
+    try:
+        for number, damage in enumerate(PROBES):
+            context.progress(number / len(PROBES), f"what notices: {damage.what}")
+            try:
+                damaged_copy(context.files["variant"], scratch, damage)
+            except BuildError:
+                continue  # not for this architecture or tokenizer
+            found = _logprobs(damage.spec(replace(spec, model_path=scratch)), rendered)
+            pull[damage.name] = pulls(
+                exact, {name: variant[name] for name in exact}, found, base=BASE_TOLERANCE, slack=FLOOR_SLACK
+            )
+            scratch.unlink()
+    finally:
+        scratch.unlink(missing_ok=True)
+    parts = {name: vocabulary_parts(rendered[name][0], vocab_tokens) for name in names}
+    chosen = choose(names, pull, parts, count)
+    return chosen, {name: round(max(row[i] for i in chosen), 6) for name, row in pull.items()}
+
+
+async def _render(
+    spec: EngineSpec, prompts: Sequence[GoldenPrompt]
+) -> tuple[dict[str, tuple[list[int], int]], int]:
+    """Token ids of each prompt with its answer, where the answer starts; and the vocabulary's size."""
+    rendered = {}
+    async with open_engine(spec) as engine:
+        for prompt in prompts:
+            rendered[prompt.id] = await tokens_of(engine, prompt)
+        return rendered, (await engine.properties()).vocab_tokens
+
+
+def _logprobs(spec: EngineSpec, rendered: Mapping[str, tuple[list[int], int]]) -> dict[str, float | None]:
+    """Mean log-probability of each answer by the scorer that engines use; None where it cannot be scored."""
+    scorer = Scorer(
+        spec.model_path, context_tokens=spec.context_tokens, kv_cache=spec.kv_cache, threads=spec.threads
+    )
+    found: dict[str, float | None] = {}
+    try:
+        for name, (tokens, start) in rendered.items():
+            try:
+                found[name] = -scorer.score(tokens, start=start).mean_nll
+            except (UsageError, DeviceError):
+                found[name] = None
+    finally:
+        scorer.close()
+    return found
 
 
 def score(context: StepContext) -> dict[str, Any]:
@@ -158,7 +256,27 @@ def expectations_of(
 
 async def _score(path: Path, pack: GoldenPack, serving: Serving) -> dict[str, dict[str, Any]]:
     """As ``agent/golden.py`` does it on a device: the same calls in the same order."""
-    spec = EngineSpec(
+    scores: dict[str, dict[str, Any]] = {}
+    async with open_engine(_spec(path, serving)) as engine:
+        for prompt in pack.prompts:
+            tokens, start = await tokens_of(engine, prompt)
+            result = await engine.score(tokens, start=start)
+            scores[prompt.id] = {
+                "tokens_sha256": golden_tokens_digest(tokens),
+                "mean_logprob": -result.mean_nll,
+            }
+    return scores
+
+
+async def tokens_of(engine: Engine, prompt: GoldenPrompt) -> tuple[list[int], int]:
+    """Token ids of prompt and answer, and where the answer starts."""
+    asked = await engine.apply_template([{"role": m.role, "content": m.content} for m in prompt.messages])
+    answer = await engine.tokenize(prompt.answer, add_special=False, parse_special=False)
+    return [*asked, *answer], len(asked)
+
+
+def _spec(path: Path, serving: Serving) -> EngineSpec:
+    return EngineSpec(
         runtime="llama.cpp",
         model_path=path,
         context_tokens=serving.context_tokens,
@@ -167,20 +285,6 @@ async def _score(path: Path, pack: GoldenPack, serving: Serving) -> dict[str, di
         batch_tokens=64,
         ubatch_tokens=64,
     )
-    scores: dict[str, dict[str, Any]] = {}
-    async with open_engine(spec) as engine:
-        for prompt in pack.prompts:
-            asked = await engine.apply_template(
-                [{"role": m.role, "content": m.content} for m in prompt.messages]
-            )
-            answer = await engine.tokenize(prompt.answer, add_special=False, parse_special=False)
-            tokens = [*asked, *answer]
-            result = await engine.score(tokens, start=len(asked))
-            scores[prompt.id] = {
-                "tokens_sha256": golden_tokens_digest(tokens),
-                "mean_logprob": -result.mean_nll,
-            }
-    return scores
 
 
 def _prompt(item: Item, answer: str) -> GoldenPrompt:

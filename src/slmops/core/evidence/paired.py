@@ -205,19 +205,22 @@ def items_still_needed(observed: ClusteredCounts, max_drop: float, confidence: f
 
 
 def _effective(counts: PairedCounts, effect: float, *, against: int) -> tuple[float, float, float]:
-    """(items, losses, gains) after the design effect; whole and rounded against the claim where the exact form needs it.
+    """(items, losses, gains) after the design effect; whole where the exact form needs it.
+
+    Whole numbers keep the drop, rounded against the claim, and take the nearest number of flips that goes with it.
 
     Args:
         counts: all items.
         effect: at least 1.
-        against: 1 rounds losses up (for the claim of no loss), -1 rounds gains up.
+        against: 1 rounds the drop up (for the claim of no loss), -1 down.
     """
     n, b, c = counts.n / effect, counts.only_old / effect, counts.only_new / effect
     if effect == 1.0 or b + c > FEW_FLIPS or n > FEW_ITEMS:
         return n, b, c
-    up, down = math.ceil(max(b if against > 0 else c, 0) - 1e-9), math.floor(c if against > 0 else b)
-    whole = max(math.floor(n), up + down, 1)
-    return (whole, up, down) if against > 0 else (whole, down, up)
+    balance = math.ceil(b - c - _NEGLIGIBLE) if against > 0 else math.floor(b - c + _NEGLIGIBLE)
+    flips = max(abs(balance), 2 * round((b + c - abs(balance)) / 2) + abs(balance))
+    whole = max(math.floor(n + _NEGLIGIBLE), flips, 1)
+    return whole, (flips + balance) // 2, (flips - balance) // 2
 
 
 def _is_exact(n: float, b: float, c: float) -> bool:

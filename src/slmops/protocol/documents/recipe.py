@@ -300,7 +300,7 @@ class WarningLights(Section):
     """
 
     kld_mean: tuple[float, float] = (0.03, 0.1)
-    kld_p99: tuple[float, float] = (0.2, 0.7)
+    kld_p99: tuple[float, float] = (0.2, 1.0)
     flips_ratio: tuple[float, float] = (0.03, 0.08)
     top_flips_ratio: tuple[float, float] = (0.09, 0.15)
 
@@ -324,7 +324,8 @@ class Evaluation(Section):
         constrained_items: how many of them are also asked with the answer's schema enforced.
         base_items: how many of them the untouched base answers, for "before" (0: none).
         golden_prompts: prompts in the golden pack; ``golden_max_drop``: share of them that a later release
-            may lose.
+            may lose. ``golden_candidates``: how many are tried on damaged models to find those that notice most; as many as
+            ``golden_prompts``, or fewer: none are tried.
         bench_repeats: repeats of the speed measurement.
         seed: order of the evaluation set.
         warnings: when early warnings turn amber and red.
@@ -336,6 +337,7 @@ class Evaluation(Section):
     base_items: int = Field(default=24, ge=0)
     golden_prompts: int = Field(default=8, ge=1, le=64)
     golden_max_drop: Ratio = Field(default=0.0, ge=0, lt=1)
+    golden_candidates: int = Field(default=16, ge=0, le=256)
     bench_repeats: int = Field(default=3, ge=1)
     seed: int = 7
     warnings: WarningLights = WarningLights()
@@ -349,6 +351,7 @@ class Evaluation(Section):
                 "constrained_items": min(self.constrained_items, 6),
                 "base_items": min(self.base_items, 6),
                 "bench_repeats": 1,
+                "golden_candidates": min(self.golden_candidates, self.golden_prompts + 4),
             }
         )
 

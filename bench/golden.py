@@ -1,0 +1,369 @@
+"""Promise: the golden pack notices at least 90 % of plausible damages without a false alarm, and more than packs drawn at random.
+
+A variant of the example is built, then damaged in every way of ``slmops.build.damage_catalogue``. Each damaged model is loaded
+and scored by the code that devices run (an engine process, ``agent.golden.score_pack``), and judged as devices judge: by its own
+pack (tokens and tolerances), and by the committed release's floors, which a bad release cannot write itself. The same scores
+judge packs of the same size drawn at random from the same candidates, and the first candidates in order. Benign variation
+(threads, KV cache, context, weights repacked or not, batch sizes) must raise no alarm. Scored are the candidate prompts only.
+
+    python bench/golden.py [--keep FOLDER] [--random N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from device_world import print_results, result
+
+from slmops.agent.golden import score_pack
+from slmops.artifact.manifest import GoldenPack, decode, golden_tokens_digest
+from slmops.build import run_build
+from slmops.build.cache import Cache
+from slmops.build.damage import Damage, damaged_copy
+from slmops.build.damage_catalogue import DAMAGES
+from slmops.build.graph import StepContext
+from slmops.build.steps import golden
+from slmops.build.steps.divergence import log_softmax
+from slmops.core.errors import BuildError, SlmopsError
+from slmops.core.evidence.golden import PromptExpectation, PromptScore, judge_own, judge_paired, keeps_answers
+from slmops.runtimes import EngineSpec, open_engine
+from slmops.runtimes.llama_cpp.logits import LogitModel
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "home-intents"
+PACK_PROMPTS, CANDIDATES = 8, 16
+SERVING = {"context_tokens": 1024, "kv_cache": "q8_0", "parallel": 1, "micro_batch_tokens": 64}
+Scores = Mapping[str, PromptScore]
+
+
+@dataclass(frozen=True)
+class World:
+    """What was built."""
+
+    reference: Path
+    base: Path
+    variant: Path
+    candidates: GoldenPack
+    chosen: tuple[str, ...]
+    seconds_to_choose: float
+
+
+def build_world(folder: Path) -> World:
+    """Build one variant of the example with a cheap search: what is measured here is the pack."""
+    if not (EXAMPLE / "data" / "eval.jsonl").is_file():
+        subprocess.run(
+            [sys.executable, str(EXAMPLE / "make_dataset.py"), "--out", str(EXAMPLE / "data")], check=True
+        )
+    document = yaml.safe_load((EXAMPLE / "recipe.yaml").read_text(encoding="utf-8"))
+    for role in ("train", "eval", "calibration", "answer_schema", "system_prompt"):
+        document["task"][role] = str(EXAMPLE / document["task"][role])
+    for step in document["steps"]:
+        step["merge"]["adapter"] = str(EXAMPLE / step["merge"]["adapter"])
+    document |= {
+        "targets": [{"profile": "pi5-8gb", "budget": {"artifact_bytes": "90MB"}}],
+        "gates": [],
+        "serving": SERVING,
+        "search": {
+            "types": ["IQ4_NL", "Q5_0", "Q8_0"],
+            "probe_tokens": 0,
+            "calibration_tokens": 512,
+            "sample_rows": 8,
+            "sensitivity": "measured",
+            "verify_tokens": 0,
+            "feedback": False,
+        },
+        "evaluation": {
+            "text_tokens": 128,
+            "task_items": 32,
+            "constrained_items": 0,
+            "base_items": 0,
+            "bench_repeats": 1,
+            "golden_prompts": PACK_PROMPTS,
+            "golden_candidates": CANDIDATES,
+        },
+    }  # fmt: skip
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(document), encoding="utf-8")
+    cache = Cache(folder / "cache")
+    built = run_build(
+        recipe,
+        folder / "build",
+        cache_dir=cache.folder,
+        workers=1,
+        progress=lambda e: print(f"{e.step}: {e.seconds:.0f} s", flush=True) if e.state == "done" else None,
+    ).build
+    steps = {step.name: step for step in built.steps}
+    records = {name: cache.find(step.key) for name, step in steps.items()}
+    asked = records["answers: unquantised"]
+    pack = decode((folder / "build" / built.golden_pack.path).read_bytes(), GoldenPack)
+    context = StepContext(
+        {"eval": EXAMPLE / "data" / "eval.jsonl", "answers": cache.path(asked.files["answers.jsonl"].sha256)},
+        {"asked": asked.value},
+        {"count": CANDIDATES, "max_drop_ratio": 0.0},
+        folder,
+        lambda ratio, note: None,
+    )
+    golden.select(context)  # without a variant: the candidates, in their order
+    candidates = decode((folder / "golden-pack.json").read_bytes(), GoldenPack)
+    return World(
+        cache.path(built.reference_sha256),
+        cache.path(built.base.sha256),
+        folder / "build" / built.variants[0].model.path,
+        candidates,
+        tuple(prompt.id for prompt in pack.prompts),
+        steps["golden pack"].seconds,
+    )
+
+
+def spec_of(model: Path, **settings: Any) -> EngineSpec:
+    good = EngineSpec(
+        runtime="llama.cpp",
+        model_path=model,
+        context_tokens=SERVING["context_tokens"],
+        slots=1,
+        kv_cache="q8_0",
+        batch_tokens=64,
+        ubatch_tokens=64,
+        repack=False,
+    )
+    return replace(good, **settings)
+
+
+def device_scores(spec: EngineSpec, pack: GoldenPack) -> Scores:
+    """As a device does it; an engine that does not come up scores nothing."""
+
+    async def run() -> Scores:
+        async with open_engine(spec) as engine:
+            return await score_pack(engine, pack)
+
+    try:
+        return asyncio.run(run())
+    except SlmopsError as error:
+        print(f"  the engine refuses it: {type(error).__name__}", flush=True)
+        return {}
+
+
+def other_builds(world: World) -> Iterator[tuple[str, Scores]]:
+    """Other kernels over the same file: repacked weights and other batches take other paths through the arithmetic."""
+
+    async def tokens() -> dict[str, tuple[list[int], int]]:
+        async with open_engine(spec_of(world.variant)) as engine:
+            return {p.id: await golden.tokens_of(engine, p) for p in world.candidates.prompts}
+
+    rendered = asyncio.run(tokens())
+    for repack in (False, True):
+        for batch in (16, 64, 512):
+            scores = {}
+            with LogitModel(
+                world.variant, context_tokens=512, kv_cache="q8_0", repack=repack, batch_tokens=batch
+            ) as model:
+                for name, (ids, start) in rendered.items():
+                    rows = log_softmax(model.logits(ids)[start - 1 : -1])
+                    mean = float(rows[np.arange(len(rows)), ids[start:]].mean(dtype=np.float64))
+                    scores[name] = PromptScore(golden_tokens_digest(ids), mean)
+            yield f"{'repacked' if repack else 'plain'} weights, batches of {batch}", scores
+
+
+def expectations(chosen: Sequence[str], reference: Scores, variant: Scores) -> list[PromptExpectation]:
+    """What a release with this pack would expect, by the build's own rules."""
+    facts = [
+        {i: {"tokens_sha256": s[i].tokens_sha256, "mean_logprob": s[i].mean_logprob} for i in chosen}
+        for s in (reference, variant)
+    ]
+    return [
+        PromptExpectation(e.id, e.tokens_sha256, e.reference_logprob, e.tolerance, e.floor)
+        for e in golden.expectations_of(facts[0], facts[1], facts)
+    ]
+
+
+def verdict(
+    pack: Sequence[PromptExpectation], before: Mapping[str, bool], scores: Scores
+) -> tuple[bool, bool]:
+    """Whether the own pack and the committed pack refuse a candidate with these scores."""
+    return (
+        not judge_own(pack, scores).ok,
+        not judge_paired(before, keeps_answers(pack, scores), 0.0).ok,
+    )
+
+
+def share(flags: Sequence[bool]) -> float:
+    return sum(flags) / len(flags)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        help="work there and keep it: a second run builds nothing; scores.json holds all scores",
+    )
+    parser.add_argument("--random", type=int, default=200, help="random packs to compare with")
+    options = parser.parse_args()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="slmops-bench-") as temporary:
+        folder = (options.keep or Path(temporary)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        world = build_world(folder)
+        print(
+            f"built in {time.monotonic() - began:.0f} s; choosing took {world.seconds_to_choose:.0f} s",
+            flush=True,
+        )
+        reference = device_scores(spec_of(world.reference, kv_cache="f16"), world.candidates)
+        variant = device_scores(spec_of(world.variant), world.candidates)
+        ids = [prompt.id for prompt in world.candidates.prompts]
+        chance = random.Random(7)
+        packs = {"chosen": list(world.chosen), "first": ids[:PACK_PROMPTS]} | {
+            f"random {n}": chance.sample(ids, PACK_PROMPTS) for n in range(options.random)
+        }
+        judged = {name: expectations(chosen, reference, variant) for name, chosen in packs.items()}
+        before = {name: keeps_answers(pack, variant) for name, pack in judged.items()}
+        damaged = dict(damage_scores(world, folder))
+        benign = {
+            label: device_scores(spec_of(world.variant, **settings), world.candidates)
+            for label, settings in {
+                "KV cache f16": {"kv_cache": "f16"},
+                "KV cache bf16": {"kv_cache": "bf16"},
+                "KV cache q5_1": {"kv_cache": "q5_1"},
+                "two threads": {"threads": 2},
+                "four threads": {"threads": 4},
+                "repacked engine": {"repack": True},
+                "large batches": {"batch_tokens": 512, "ubatch_tokens": 512},
+                "two slots": {"slots": 2},
+                "context 512": {"context_tokens": 512},
+            }.items()
+        } | dict(other_builds(world))
+        if options.keep:
+            everything = {"reference": reference, "variant": variant, **damaged, **benign}
+            scores = {
+                k: {i: (s.tokens_sha256, s.mean_logprob) for i, s in v.items()} for k, v in everything.items()
+            }
+            (folder / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
+    report(judged, before, damaged, benign, time.monotonic() - began, world.seconds_to_choose)
+
+
+def damage_scores(world: World, folder: Path) -> Iterator[tuple[str, Scores]]:
+    """Scores of every damaged model."""
+    path = folder / "damaged.gguf"
+    for damage in DAMAGES:
+        try:
+            model = damaged_model(world, damage, path)
+        except BuildError as error:
+            print(f"{damage.name}: not for this model: {error.message}", flush=True)
+            continue
+        began = time.monotonic()
+        yield damage.name, device_scores(damage.spec(spec_of(model)), world.candidates)
+        print(f"{damage.name}: scored in {time.monotonic() - began:.0f} s", flush=True)
+        path.unlink(missing_ok=True)
+
+
+def damaged_model(world: World, damage: Damage, path: Path) -> Path:
+    if damage.lost_adapter:
+        return world.base
+    damaged_copy(world.variant, path, damage)
+    return path
+
+
+def report(
+    judged: Mapping[str, Sequence[PromptExpectation]],
+    before: Mapping[str, Mapping[str, bool]],
+    damaged: Mapping[str, Scores],
+    benign: Mapping[str, Scores],
+    seconds: float,
+    choosing_s: float,
+) -> None:
+    def caught(name: str, conditions: Mapping[str, Scores]) -> dict[str, tuple[bool, bool]]:
+        return {label: verdict(judged[name], before[name], scores) for label, scores in conditions.items()}
+
+    probes = {damage.name for damage in DAMAGES if damage.probe}
+    found = {name: caught(name, damaged) for name in judged}
+    alarms = {name: caught(name, benign) for name in judged}
+    for label, (own, committed) in found["chosen"].items():
+        words = {(True, True): "both packs", (True, False): "own pack", (False, True): "committed pack"}
+        print(
+            f"{label:<26} {words.get((own, committed), 'NOT NOTICED')}{' (probe)' if label in probes else ''}"
+        )
+    for label, flags in alarms["chosen"].items():
+        print(f"{label:<40} {'FALSE ALARM' if any(flags) else 'no alarm'}")
+    print(
+        f"{len(damaged)} damages, {len(benign)} benign variations, {seconds:.0f} s in all, choosing {choosing_s:.0f} s"
+    )
+
+    def rate(name: str, which: int | None, without: set[str] = set()) -> float:  # noqa: B006 - never changed
+        flags = [f for label, f in found[name].items() if label not in without]
+        return share([any(f) if which is None else f[which] for f in flags])
+
+    def at_random(which: int | None, without: set[str] = set()) -> float:  # noqa: B006 - never changed
+        rates = [rate(name, which, without) for name in judged if name.startswith("random")]
+        return sum(rates) / len(rates)
+
+    names = [name for name in judged if name.startswith("random")]
+    false_alarms = {name: share([any(f) for f in alarms[name].values()]) for name in judged}
+    random_alarms = sum(false_alarms[name] for name in names) / len(names)
+    first = rate("first", None)
+    rows = []
+    for case, which, without, promise in (
+        ("noticed by either pack", None, set(), ">= 0.9 and not below random"),
+        (
+            "noticed by either pack, without the probes that chose it",
+            None,
+            probes,
+            ">= 0.9 and not below random",
+        ),
+        ("noticed by its own pack", 0, set(), "not below random"),
+        ("noticed by the committed release's pack", 1, set(), "not below random"),
+    ):
+        ours, peer = rate("chosen", which, without), at_random(which, without)
+        holds = ours >= peer - 1e-9 and (which is not None or ours >= 0.9)
+        rows.append(
+            result(
+                case,
+                ours,
+                peer,
+                f"{len(names)} random packs, mean",
+                "share",
+                ours / max(peer, 1e-9),
+                promise,
+                holds,
+            )
+        )
+    rows.append(
+        result(
+            "noticed by either pack, against the first in order",
+            rate("chosen", None),
+            first,
+            "the first right answers",
+            "share",
+            rate("chosen", None) / max(first, 1e-9),
+            "not below",
+            rate("chosen", None) >= first,
+        )
+    )
+    rows.append(
+        result(
+            "false alarms",
+            false_alarms["chosen"],
+            random_alarms,
+            f"{len(names)} random packs, mean",
+            "share",
+            1.0,
+            "none",
+            false_alarms["chosen"] == 0,
+        )
+    )
+    print_results("golden", rows)
+
+
+if __name__ == "__main__":
+    main()
