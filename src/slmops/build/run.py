@@ -26,12 +26,12 @@ from slmops.build.directory import (
     place,
 )
 from slmops.build.events import Progress
+from slmops.build.first_steps import BASE
 from slmops.build.graph import SourceFile, Step
 from slmops.build.overlap import Overlap, check_never_seen, frozen_set
 from slmops.build.plan import (
     ASKED_BASE,
     ASKED_REFERENCE,
-    BASE,
     DISTRIBUTIONS,
     GOLDEN_REFERENCE,
     LIKELIHOOD_REFERENCE,
@@ -105,7 +105,7 @@ def run_build(  # noqa: PLR0913 - each is an option of the command line
         SlmopsError: see the package's docstring; steps that ended well stay cached.
     """
     began_s = time.monotonic()
-    read = read_recipe(recipe_path)
+    read = read_recipe(recipe_path, cache_dir)
     asked = evaluation or read.recipe.evaluation
     allowed = read.recipe.task.allow_overlap
     seen = check_never_seen(read.sources, allowed.reason if allowed else None)
@@ -203,10 +203,9 @@ def _assemble(
     if ASKED_BASE in results:
         scores["base"] = task_figures(results[ASKED_BASE].value)
     prompts = {}
-    if "system_prompt" in read.sources:  # no blank at its end: the template sets the prompt apart by itself
-        prompts["default"] = made(
-            "prompts/default", read.sources["system_prompt"].path.read_text(encoding="utf-8").strip().encode()
-        )
+    prompt = read.sources.get("system_prompt")
+    if prompt is not None:  # no blank at its end: the template sets the prompt apart by itself
+        prompts["default"] = made("prompts/default", prompt.path.read_text(encoding="utf-8").strip().encode())
     base = BuiltBase(facts["name"], base_sha256, licence)
     frozen = frozen_set(
         read.sources["eval"].path, plan.evaluation.seed, results[ASKED_REFERENCE].value["free"]["items"]
@@ -339,6 +338,9 @@ def _evidence(
                     "allowed_bytes": choice["budget_bytes"],
                     "bound": choice["bound"],
                     "smallest_bytes": choice["smallest_bytes"],
+                    "derived": results[budget].value
+                    if (budget := of_target("budget", target)) in results
+                    else None,
                 },
                 "figures": _figures(read, target, results, items),
                 "expected_kld": choice["expected_kld"],
@@ -360,6 +362,8 @@ def _evidence(
         "fast": fast,
         "evaluation": plan.evaluation.model_dump(),
         "text": results["render text"].value,
+        "split": read.split,
+        "chat_template": results[BASE].value["chat_template"],
         "reference": {**scores["reference"], **results[DISTRIBUTIONS].value},
         "compared_with": compared_with(plan),
         "dense": scores.get("dense"),
