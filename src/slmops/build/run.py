@@ -86,6 +86,7 @@ def run_build(  # noqa: PLR0913 - each is an option of the command line
     evaluation: Evaluation | None = None,
     progress: Progress = lambda event: None,
     workers: int = 2,
+    engine: str = "local",
 ) -> BuildResult:
     """Build a recipe's variants, measure them, judge them, and write the build directory.
 
@@ -100,6 +101,7 @@ def run_build(  # noqa: PLR0913 - each is an option of the command line
         evaluation: replaces the recipe's.
         progress: called from this thread with every event.
         workers: step processes at once; 0 runs all steps in this process.
+        engine: ``local``, or ``ray``: steps that are neither light nor measure time run on a Ray cluster.
 
     Raises:
         SlmopsError: see the package's docstring; steps that ended well stay cached.
@@ -113,7 +115,7 @@ def run_build(  # noqa: PLR0913 - each is an option of the command line
         read, only=tuple(targets) if targets is not None else None, evaluation=asked.fast() if fast else asked
     )
     cache = Cache(cache_dir)
-    finished = run_steps(plan.steps, cache, progress=progress, workers=workers)
+    finished = run_steps(plan.steps, cache, progress=progress, workers=workers, engine=engine)
     build, fill = _assemble(read, plan, finished.results, cache, seen=seen, fast=fast)
     changed = place(out_dir, fill, encode_index(build))
     findings = [
