@@ -80,7 +80,7 @@ def _chosen(row: Mapping[str, Any]) -> list[str]:
     figures, budget = row["figures"], row["budget"]
     types = sorted(row["quantised"].items(), key=lambda item: -item[1])
     mix = ", ".join(f"{count} in {name}" for name, count in types if name != "F32")
-    derived = budget["derived"]
+    derived = budget.get("derived")
     why = _WHY[derived["because"] if derived and budget["bound"] == "artifact_bytes" else budget["bound"]]
     return [
         f"{_mb(row['artifact_bytes'])}, {figures['bits_per_weight']:.1f} bits a weight; "
@@ -131,7 +131,8 @@ def _help(row: Mapping[str, Any], evidence: Mapping[str, Any], shape: Mapping[st
         gate for gate in row["gates"] if gate["verdict"] == Verdict.INCONCLUSIVE.value and gate["needed"]
     ]
     for gate in needed:
-        said.append(f"about {gate['needed']} more items would settle gate {gate['gate']}")
+        unit = "items" if gate["gate"].startswith("task.") else "held-out texts"
+        said.append(f"about {gate['needed']} more {unit} would settle gate {gate['gate']}")
     split = evidence.get("split")
     if split is not None and not any(gate["gate"].startswith("task.") for gate in row["gates"]):
         said.append(

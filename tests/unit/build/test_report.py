@@ -94,6 +94,8 @@ def test_what_would_help() -> None:
         {"gate": "task.exact_match", "verdict": "inconclusive", "reason": "", "needed": 240}
     ]
     assert "about 240 more items would settle gate task.exact_match" in said(unsettled)["help"]
+    unsettled["gates"][0]["gate"] = "kld.mean"
+    assert "about 240 more held-out texts would settle gate kld.mean" in said(unsettled)["help"]
     few = said(split={"examples": 12, "held_out": 6})["help"]
     assert "12 were given, so 6 could be held out" in few
     weak = said(reference={"exact_match_ratio": 0.1, "items": 80})["help"]
