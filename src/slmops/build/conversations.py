@@ -91,7 +91,7 @@ def read_calibration(path: Path, system_prompt: str) -> list[Item]:
         path: ``.jsonl``, or text.
         system_prompt: put before every plain line; may be empty.
     """
-    if path.suffix == ".jsonl":
+    if path.suffix == ".jsonl" or _begins_with_items(path):  # a step's file has its digest for a name
         return read_items(path)
     items = []
     for number, line in enumerate(_lines(path), start=1):
@@ -137,6 +137,15 @@ def _lines(path: Path) -> list[str]:
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise DocumentError(f"{path}: cannot be read: {error}", hint="give UTF-8 text") from error
+
+
+def _begins_with_items(path: Path) -> bool:
+    first = next((line for line in _lines(path) if line.strip()), "")
+    try:
+        value = json.loads(first)
+    except ValueError:
+        return False
+    return isinstance(value, dict) and "messages" in value
 
 
 def _split_answer(line: str) -> tuple[str, str]:

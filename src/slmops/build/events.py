@@ -20,6 +20,7 @@ class StepEvent:
         seconds: since the step started.
         note: what it is doing, or what came out, for people.
         finished: steps of this run that are done; ``total``: steps of this run.
+        left_s: seconds until the end, from how long steps took before; None when that is not known.
     """
 
     step: str
@@ -29,6 +30,7 @@ class StepEvent:
     note: str
     finished: int
     total: int
+    left_s: float | None = None
 
 
 #: Called with every event, from the thread that called ``run_build``.

@@ -207,6 +207,11 @@ def metadata_ranges(content: mmap.mmap | bytes) -> list[tuple[str, int, int]]:
     return ranges
 
 
+def text_value(text: str) -> bytes:
+    """A text as the bytes of a metadata value, its type first."""
+    return struct.pack("<I", _STRING) + _string(text)
+
+
 def metadata_value(content: mmap.mmap | bytes, key: str) -> bytes | None:
     """The bytes of a metadata value, its type first; None when the key is absent."""
     for name, begin, end in metadata_ranges(content):

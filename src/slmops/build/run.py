@@ -26,12 +26,12 @@ from slmops.build.directory import (
     place,
 )
 from slmops.build.events import Progress
+from slmops.build.first_steps import BASE
 from slmops.build.graph import SourceFile, Step
 from slmops.build.overlap import Overlap, check_never_seen, frozen_set
 from slmops.build.plan import (
     ASKED_BASE,
     ASKED_REFERENCE,
-    BASE,
     DISTRIBUTIONS,
     GOLDEN_REFERENCE,
     LIKELIHOOD_REFERENCE,
@@ -89,6 +89,7 @@ def run_build(  # noqa: PLR0913 - each is an option of the command line
     progress: Progress = lambda event: None,
     workers: int = 2,
     speed_table: Path | None = None,
+    engine: str = "local",
 ) -> BuildResult:
     """Build a recipe's variants, measure them, judge them, and write the build directory.
 
@@ -104,12 +105,13 @@ def run_build(  # noqa: PLR0913 - each is an option of the command line
         progress: called from this thread with every event.
         workers: step processes at once; 0 runs all steps in this process.
         speed_table: how fast each type is on another machine, instead of the recipe's ``search.speed``.
+        engine: ``local``, or ``ray``: steps that are neither light nor measure time run on a Ray cluster.
 
     Raises:
         SlmopsError: see the package's docstring; steps that ended well stay cached.
     """
     began_s = time.monotonic()
-    read = read_recipe(recipe_path)
+    read = read_recipe(recipe_path, cache_dir)
     if speed_table is not None:
         read = with_speed_table(read, speed_table)
     asked = evaluation or read.recipe.evaluation
@@ -119,7 +121,7 @@ def run_build(  # noqa: PLR0913 - each is an option of the command line
         read, only=tuple(targets) if targets is not None else None, evaluation=asked.fast() if fast else asked
     )
     cache = Cache(cache_dir)
-    finished = run_steps(plan.steps, cache, progress=progress, workers=workers)
+    finished = run_steps(plan.steps, cache, progress=progress, workers=workers, engine=engine)
     build, fill = _assemble(read, plan, finished.results, cache, seen=seen, fast=fast)
     changed = place(out_dir, fill, encode_index(build))
     findings = [
@@ -209,10 +211,9 @@ def _assemble(
     if ASKED_BASE in results:
         scores["base"] = task_figures(results[ASKED_BASE].value)
     prompts = {}
-    if "system_prompt" in read.sources:  # no blank at its end: the template sets the prompt apart by itself
-        prompts["default"] = made(
-            "prompts/default", read.sources["system_prompt"].path.read_text(encoding="utf-8").strip().encode()
-        )
+    prompt = read.sources.get("system_prompt")
+    if prompt is not None:  # no blank at its end: the template sets the prompt apart by itself
+        prompts["default"] = made("prompts/default", prompt.path.read_text(encoding="utf-8").strip().encode())
     base = BuiltBase(facts["name"], base_sha256, licence)
     frozen = frozen_set(
         read.sources["eval"].path, plan.evaluation.seed, results[ASKED_REFERENCE].value["free"]["items"]
@@ -345,6 +346,9 @@ def _evidence(
                     "allowed_bytes": choice["budget_bytes"],
                     "bound": choice["bound"],
                     "smallest_bytes": choice["smallest_bytes"],
+                    "derived": results[budget].value
+                    if (budget := of_target("budget", target)) in results
+                    else None,
                 },
                 "figures": _figures(read, target, results, items),
                 "expected_kld": choice["expected_kld"],
@@ -368,6 +372,8 @@ def _evidence(
         "fast": fast,
         "evaluation": plan.evaluation.model_dump(),
         "text": results["render text"].value,
+        "split": read.split,
+        "chat_template": results[BASE].value["chat_template"],
         "reference": {**scores["reference"], **results[DISTRIBUTIONS].value},
         "compared_with": compared_with(plan),
         "dense": scores.get("dense"),

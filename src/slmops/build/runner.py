@@ -22,9 +22,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from slmops.build.cache import Cache, StepResult
+from slmops.build.durations import Durations
 from slmops.build.events import Progress, StepEvent, StepState
 from slmops.build.files import naming_full_disks
 from slmops.build.graph import Output, SourceFile, Step, StepContext, key_of, resolve, tool_versions
+from slmops.build.ray_engine import RayCluster
+from slmops.build.told import class_of
 from slmops.core.errors import BugError, BuildError, SlmopsError
 
 _LOG_TAIL_BYTES = 2000
@@ -67,7 +70,16 @@ class _Happened:
 class _Run:
     """The state of one run; only the calling thread touches it."""
 
-    def __init__(self, steps: Sequence[Step], cache: Cache, progress: Progress, workers: int) -> None:
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        cache: Cache,
+        progress: Progress,
+        workers: int,
+        cluster: RayCluster | None = None,
+    ) -> None:
+        self.cluster = cluster
+        self.durations = Durations(cache.folder)
         self.waiting = list(steps)
         self.total = len(steps)
         self.cache = cache
@@ -84,9 +96,10 @@ class _Run:
         self.began_s = time.monotonic()
 
     def report(self, step: str, state: StepState, ratio: float | None, began_s: float, note: str) -> None:
-        self.tell(
-            StepEvent(step, state, ratio, time.monotonic() - began_s, note, len(self.results), self.total)
-        )
+        now_s = time.monotonic()
+        running = {name: (one, now_s - began) for name, (one, began) in self.running.items()}
+        left_s = self.durations.left_s(self.waiting, running, self.workers)
+        self.tell(StepEvent(step, state, ratio, now_s - began_s, note, len(self.results), self.total, left_s))
 
     def start_what_can(self) -> None:
         """Settle cached steps and start others, in the graph's order, as long as there is room."""
@@ -157,7 +170,12 @@ class _Run:
                 )
                 inline = step.light or self.workers == 0
                 with naming_full_disks(folder):
-                    value = resolve(step.run)(context) if inline else self._in_a_process(step, context)
+                    if inline:
+                        value = resolve(step.run)(context)
+                    elif self.cluster is not None and not step.exclusive:
+                        value = self.cluster.run(step, context)
+                    else:
+                        value = self._in_a_process(step, context)
                 result = self.cache.keep(
                     key,
                     folder,
@@ -256,7 +274,8 @@ class _Run:
             if happened.result is None:
                 self.report(happened.step, "progress", happened.ratio, began_s, happened.note)
                 continue
-            del self.running[happened.step]
+            step, _ = self.running.pop(happened.step)
+            self.durations.note(step, happened.result.seconds)
             self.keys_running.pop(happened.result.key, None)
             self.results[happened.step] = happened.result
             self.ran.append(happened.step)
@@ -267,11 +286,16 @@ class _Run:
         self.stopping = True
         for child in list(self.children.values()):
             child.kill()
+        if self.cluster is not None:
+            self.cluster.close()
+        self.durations.save()
         for thread in self.threads:
             thread.join(_STOP_DEADLINE_S)
 
 
-def run_steps(steps: Sequence[Step], cache: Cache, *, progress: Progress, workers: int = 2) -> Finished:
+def run_steps(
+    steps: Sequence[Step], cache: Cache, *, progress: Progress, workers: int = 2, engine: str = "local"
+) -> Finished:
     """Run a graph to its end.
 
     Args:
@@ -279,13 +303,14 @@ def run_steps(steps: Sequence[Step], cache: Cache, *, progress: Progress, worker
         cache: where results are kept.
         progress: called from this thread.
         workers: processes at once; 0 runs every step in this process.
+        engine: ``local``, or ``ray``: processes of a Ray cluster (:mod:`slmops.build.ray_engine`).
 
     Raises:
         SlmopsError: as the failing step said; BuildError when its process died. Steps that ended well stay cached.
     """
     _check(steps)
     cache.sweep()
-    run = _Run(steps, cache, progress, workers)
+    run = _Run(steps, cache, progress, workers, RayCluster() if engine == "ray" else None)
     try:
         while run.waiting or run.running:
             run.start_what_can()
@@ -335,13 +360,4 @@ def _error_of(step: Step, told: Mapping[str, Any], os_error: int | None, tail: s
             hint="see the message",
             step=step.name,
         )
-    return _class_of(told["code"])(told["message"], hint=told["hint"], **told["fields"])
-
-
-def _class_of(code: str) -> type[SlmopsError]:
-    known = [SlmopsError]
-    for kind in known:
-        if kind.code == code:
-            return kind
-        known.extend(kind.__subclasses__())
-    return BuildError
+    return class_of(told["code"])(told["message"], hint=told["hint"], **told["fields"])

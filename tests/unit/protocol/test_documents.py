@@ -318,7 +318,12 @@ def test_every_mistake_is_told_at_once() -> None:
 
 
 def test_a_required_field_is_missed_at_its_parent() -> None:
-    assert mistake(RECIPE.replace("eval: data/eval.jsonl, ", "")) == ["f.yaml:5:7: task.eval: is required"]
+    assert mistake(RECIPE.replace("name: home-intents", "labels: {}")) == [
+        "f.yaml:3:11: metadata.name: is required"
+    ]
+    assert mistake(RECIPE.replace("eval: data/eval.jsonl, ", "")) == [
+        "f.yaml:5:7: task: give examples: FILE (it is split for you), or both eval: FILE and calibration: FILE"
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n"])

@@ -73,7 +73,9 @@ def choose(context: StepContext) -> dict[str, Any]:
     Raises:
         BudgetError: no choice fits: names the bound, the smallest possible file and the tensors that make it.
     """
-    params = context.params
+    params = dict(context.params)
+    if "budget" in context.values:  # the recipe gave none: it follows from the profile
+        params["artifact_bytes"] = context.values["budget"]["artifact_bytes"]
     with open_gguf(context.files["model"]) as model:
         timed = speed_table(context.files, context.values)
         space = space_of(model, context.values, params, speeds=timed)

@@ -21,10 +21,12 @@ SPARE_ANSWER_TOKENS = 8
 def render(context: StepContext) -> dict[str, Any]:
     """Render calibration text and held-out conversations.
 
-    Files in: ``model``, ``eval``, ``calibration``, maybe ``system_prompt``; out: ``calibration.json`` (lists of token ids) and
-    ``held-out.json`` (``id``, ``group``, ``token_ids``, ``start``: the first position that is scored; what all conversations
-    begin with is not scored again and again): two files, so that more evaluation does not mean another search. Params:
-    ``calibration_tokens``, ``text_tokens``, ``task_items``, ``seed``. Value: counts, and ``answer_tokens``: what an answer
+    Files in: ``model``, ``eval``, ``calibration``, maybe ``system_prompt``, maybe ``general`` (held-out items beside the
+    task's: half of ``text_tokens`` is theirs, and what the task's own cannot fill); out: ``calibration.json`` (lists of
+    token ids) and ``held-out.json`` (``id``, ``group``, ``token_ids``, ``start``: the first position that is scored; what
+    all conversations begin with is not scored again and again): two files, so that more evaluation does not mean another
+    search. Params: ``calibration_tokens``, ``text_tokens``, ``task_items``, ``seed``. Value: counts, and
+    ``answer_tokens``: what an answer
     may need.
     """
     return asyncio.run(_render(context))
@@ -46,7 +48,17 @@ async def _render(context: StepContext) -> dict[str, Any]:
         tail = [end] if end >= 0 else []
         probes = [await _conversation(engine, item, tail) for item in items[:8]]
         start = _common_prefix(probes)
-        held_out = await _until(engine, items, params["text_tokens"], end, start)
+        general = shuffled(read_items(files["general"]), params["seed"]) if "general" in files else []
+        own_tokens = params["text_tokens"] // (2 if general else 1)
+        task = await _until(engine, items, own_tokens, end, start)
+        held_out = [(name, token_ids, start) for name, token_ids in task]
+        if general:
+            begin = _common_prefix([await _conversation(engine, item, tail) for item in general[:8]])
+            room = params["text_tokens"] - sum(len(token_ids) - start for _, token_ids in task)
+            held_out += [
+                (name, token_ids, begin)
+                for name, token_ids in await _until(engine, general, room, end, begin)
+            ]
         chosen = items[: params["task_items"] or None]
         answers = [len(await engine.tokenize(item.answer, parse_special=False)) for item in chosen]
     if not held_out or not known:
@@ -54,10 +66,10 @@ async def _render(context: StepContext) -> dict[str, Any]:
             "the chat template renders nothing",
             hint="the base needs a chat template (tokenizer.chat_template)",
         )
-    groups = {item.id: item.group for item in items}
+    groups = {item.id: item.group for item in [*general, *items]}
     held = [
         {"id": name, "group": groups[name], "token_ids": token_ids, "start": max(start, 1)}
-        for name, token_ids in held_out
+        for name, token_ids, start in held_out
     ]
     for name, document in (
         ("calibration.json", [token_ids for _, token_ids in known]),
@@ -67,8 +79,9 @@ async def _render(context: StepContext) -> dict[str, Any]:
     return {
         "calibration_tokens": sum(len(token_ids) for _, token_ids in known),
         "calibration_items": len(known),
-        "scored_tokens": sum(len(token_ids) - max(start, 1) for _, token_ids in held_out),
+        "scored_tokens": sum(len(token_ids) - max(start, 1) for _, token_ids, start in held_out),
         "held_out_items": len(held_out),
+        "held_out_task_items": len(task),
         "answer_tokens": max(answers) + SPARE_ANSWER_TOKENS,
         "task_items": len(chosen),
     }

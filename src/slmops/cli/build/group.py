@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 
 from slmops.build import StepEvent, describe, diff, load_build, run_build
+from slmops.build.picture import svg
+from slmops.build.report import evidence_of, explain, points
+from slmops.cli.build.printing import print_diff, print_explained, print_points
+from slmops.cli.build.starter import DEFAULT_PROFILES, base_lines, model_name, recipe_text, write_recipe
 from slmops.cli.connection import json_option
 from slmops.cli.output import Progress, megabytes, percent, print_json, print_table
+from slmops.core.errors import UsageError
 from slmops.core.evidence.gates import Verdict
 
 _DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -24,7 +30,8 @@ def show_steps(progress: Progress) -> Any:
     """A callback that prints step events."""
 
     def show(event: StepEvent) -> None:
-        where = f"[{event.finished}/{event.total}]"
+        left = "" if event.left_s is None else f", about {_duration(event.left_s)} left"
+        where = f"[{event.finished}/{event.total}{left}]"
         if event.state in ("started", "progress"):
             share = f" {event.ratio:.0%}" if event.ratio is not None else ""
             progress.update(f"{where} {event.step}{share} {event.note} ({event.seconds:.0f} s)")
@@ -38,16 +45,43 @@ def show_steps(progress: Progress) -> Any:
     return show
 
 
+def _duration(seconds: float) -> str:
+    """For people: ``40 s``, ``3 min``, ``1.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 @build.command("run")
-@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("recipe", required=False, type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path),
+    help="Instead of RECIPE: a GGUF file or Hugging Face directory, with --examples.",
+)
+@click.option(
+    "--examples",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help='Instead of RECIPE: JSON lines such as {"prompt": "...", "answer": "..."}.',
+)
+@click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    help="Instead of RECIPE: build for this device profile (may be repeated).  [default: pi5-8gb]",
+)
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Build directory.  [default: build/RECIPE'S NAME]",
+    help="Build directory.  [default: build/NAME]",
 )
-@click.option("--target", "targets", multiple=True, help="Only this profile (may be repeated).")
+@click.option("--target", "targets", multiple=True, help="Only this profile of RECIPE (may be repeated).")
 @click.option(
-    "--engine", type=click.Choice(["local"]), default="local", show_default=True, help="Where the steps run."
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Where the steps run: this machine, or a Ray cluster (RAY_ADDRESS; needs slmops[ray]).",
 )
 @click.option(
     "--cache",
@@ -65,7 +99,10 @@ def show_steps(progress: Progress) -> Any:
 )
 @json_option
 def run(
-    recipe: Path,
+    recipe: Path | None,
+    base: Path | None,
+    examples: Path | None,
+    profiles: tuple[str, ...],
     out: Path | None,
     targets: tuple[str, ...],
     engine: str,
@@ -75,13 +112,25 @@ def run(
     speed_table: Path | None,
     as_json: bool,
 ) -> None:
-    """Build what RECIPE describes. Steps whose inputs did not change are not run again.
+    """Build what RECIPE describes, or from a base and a handful of examples alone.
+
+    Steps whose inputs did not change are not run again; a build that was killed goes on where it was.
 
     \b
     Examples:
       slmops build run examples/home-intents/recipe.yaml
       slmops build run recipe.yaml --target pi5-8gb --fast
+      slmops build run --base model.gguf --examples examples.jsonl --profile pi5-8gb --profile pi-zero2-512mb
+      RAY_ADDRESS=auto slmops build run recipe.yaml --engine ray --workers 8
     """
+    if recipe is not None and (base or examples or profiles):
+        raise UsageError(
+            f"RECIPE {recipe} and --base, --examples or --profile were given, expected one or the other",
+            hint="put base, examples and profiles into the recipe, or leave the recipe out",
+        )
+    if recipe is None:
+        recipe, out = _recipe_from_flags(base, examples, profiles, out)
+        click.echo(f"wrote {recipe}: edit it to change anything, and build it again by its name", err=True)
     folder = out or Path("build") / recipe.resolve().parent.name
     result = run_build(
         recipe,
@@ -92,6 +141,7 @@ def run(
         progress=show_steps(Progress(quiet=as_json)),
         workers=workers,
         speed_table=speed_table,
+        engine=engine,
     )
     if as_json:
         print_json(
@@ -115,18 +165,66 @@ def run(
     _print_build(describe(load_build(folder)))
 
 
+def _recipe_from_flags(
+    base: Path | None, examples: Path | None, profiles: tuple[str, ...], out: Path | None
+) -> tuple[Path, Path]:
+    """Write the recipe that the flags mean beside the build directory; give its path and the directory's."""
+    if base is None or examples is None:
+        missing = (
+            "RECIPE" if base is None and examples is None else "--base" if base is None else "--examples"
+        )
+        raise UsageError(
+            f"{missing} is missing",
+            hint="slmops build run RECIPE, or slmops build run --base model.gguf --examples examples.jsonl; "
+            "to begin from nothing: slmops init DIR",
+        )
+    if not examples.is_file():
+        raise UsageError(
+            f"--examples {examples}: does not exist",
+            hint='make it: one object a line, {"prompt": "what is asked", "answer": "what is right"}',
+        )
+    name = model_name(base.absolute())
+    folder = out or Path("build") / name
+    recipe = folder.with_name(f"{folder.name}.yaml")
+    text = recipe_text(
+        name,
+        base_lines(base, recipe.parent),
+        os.path.relpath(examples, recipe.parent),
+        profiles or DEFAULT_PROFILES,
+    )
+    write_recipe(recipe, text)
+    return recipe, folder
+
+
 @build.command("show")
 @click.argument("directory", type=_DIRECTORY)
+@click.option(
+    "--picture",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write size, divergence and speed of all variants to this SVG file.",
+)
 @json_option
-def show(directory: Path, as_json: bool) -> None:
-    """Show variants, gates and steps of a build directory.
+def show(directory: Path, picture: Path | None, as_json: bool) -> None:
+    """Show a build: variants and gates, what was chosen, what it costs in quality, what would help.
 
     \b
-    Example:
+    Examples:
       slmops build show build/home-intents
+      slmops build show build/home-intents --picture variants.svg
     """
-    described = describe(load_build(directory))
-    print_json(described) if as_json else _print_build(described)
+    built = load_build(directory)
+    described = describe(built)
+    explained, compared = explain(built, evidence_of(directory, built)), points(built)
+    if picture is not None:
+        picture.write_text(svg(f"{built.model}: {len(compared)} variants", compared), encoding="utf-8")
+    if as_json:
+        print_json({**described, "explained": explained, "points": compared})
+        return
+    _print_build(described)
+    print_points(compared)
+    print_explained(explained)
+    if picture is not None:
+        click.echo(f"\nwrote {picture}")
 
 
 @build.command("diff")
@@ -134,7 +232,7 @@ def show(directory: Path, as_json: bool) -> None:
 @click.argument("new", type=_DIRECTORY)
 @json_option
 def diff_command(old: Path, new: Path, as_json: bool) -> None:
-    """Say what differs between two build directories.
+    """Say what differs between two build directories, figure by figure.
 
     \b
     Example:
@@ -144,24 +242,7 @@ def diff_command(old: Path, new: Path, as_json: bool) -> None:
     if as_json:
         print_json(difference)
         return
-    _print_nested(difference, "")
-
-
-def _print_nested(value: Any, indent: str) -> None:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if isinstance(item, (dict, list)):
-                click.echo(f"{indent}{key}:")
-                _print_nested(item, indent + "  ")
-            else:
-                click.echo(f"{indent}{key}: {item}")
-    elif isinstance(value, list):
-        for item in value:
-            if isinstance(item, (dict, list)):
-                _print_nested(item, indent)
-                click.echo("")
-            else:
-                click.echo(f"{indent}- {item}")
+    print_diff(difference, str(old), str(new))
 
 
 _COLOURS = {

