@@ -1,6 +1,6 @@
 """A Hugging Face directory as a GGUF file: F16 matrices, F32 vectors, tokenizer, chat template and licence carried over.
 
-Without torch and without upstream's converter (docs/adr/0011): weights are read from the mapped safetensors in blocks of
+Without torch and without upstream's converter (docs/adr/0014): weights are read from the mapped safetensors in blocks of
 rows, so that memory stays small. F16 is what the reference of every build is stored in, so nothing is rounded twice.
 """
 
