@@ -2,8 +2,8 @@
 
 The prebuilt library does not export ``llama_model_quantize``, but it does export ``ggml_quantize_chunk``, and everything else
 about a recipe is which type each tensor gets. These are the rules of ``src/llama-quant.cpp`` (``llama_tensor_get_type_impl`` and
-``tensor_type_fallback``) for dense models without fused matrices, with an importance matrix, as of late 2026. Checked against files
-that llama.cpp made itself: ``python bench/stock.py FILE RECIPE`` lists the tensors that differ (Gemma 3 270M Q4_K_M: 0 of 127).
+``tensor_type_fallback``) for dense models without fused matrices, with an importance matrix, as of late 2026. Checked against
+files that llama.cpp made: ``python bench/stock.py FILE RECIPE`` lists tensors that differ (Gemma 3 270M Q4_K_M: 0 of 127).
 """
 
 from __future__ import annotations
