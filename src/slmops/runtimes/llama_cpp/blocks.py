@@ -201,17 +201,19 @@ class Rounder:
             centres = (np.arange(512) - 256) / 2 + 0.25
             self._code = np.abs(centres[:, None] - self._levels).argmin(axis=1).astype(np.uint8)
 
-    def __call__(self, weights: Floats, step: Floats, base: Floats | None) -> tuple[Bytes, Floats]:
+    def __call__(
+        self, weights: Floats, step: Floats, base: Floats | None, inverse: Floats | None = None
+    ) -> tuple[Bytes, Floats]:
         """Codes and values of weights.
 
         Args:
             weights: any shape; ``step`` (and ``base``, where the type has one) broadcast to it.
             step: a zero step gives the value ``base``.
             base: see above.
+            inverse: :func:`inverse_of` the step, for callers that round many weights with the same.
         """
         shifted = weights if base is None else weights - base
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            scaled = np.nan_to_num(shifted / step, nan=0.0, posinf=0.0, neginf=0.0)
+        scaled = shifted * (inverse_of(step) if inverse is None else inverse)
         if len(self._levels):
             cells = np.clip(np.floor(scaled * 2) + 256, 0, 511).astype(np.int16)
             codes = self._code[cells]
@@ -221,6 +223,13 @@ class Rounder:
             codes = (level - self._low).astype(np.uint8)
             values = level * step
         return codes, values if base is None else values + base
+
+
+def inverse_of(step: Floats) -> Floats:
+    """One over each step; zero for an empty run, which then rounds everything to zero."""
+    inverse: Floats = np.zeros_like(step)
+    np.divide(np.float32(1), step, out=inverse, where=step != 0)
+    return inverse
 
 
 def round_to(type_name: str, blocks: Bytes, weights: Floats) -> Bytes:
