@@ -53,7 +53,8 @@ class Distillation:
         method: ``full``: every weight; ``lora``: low-rank additions to the linear layers, merged at the end.
         rank: of ``lora``.
         epochs: how often the text is gone through.
-        learning_rate: peak; ``lora`` takes ten times as much.
+        learning_rate: peak; ``lora`` takes ten times as much. (Full, at 1e-4 and on 4,000 tokens, a narrowed SmolLM2 got
+            no better on other text; at 2e-5 it did.)
         seed: of the order of rows and of the additions.
         keep_zeros: weights that are zero in the blocks' matrices stay zero (after sparsify).
     """
@@ -61,7 +62,7 @@ class Distillation:
     method: str = "full"
     rank: int = 16
     epochs: int = 1
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-5
     seed: int = 7
     keep_zeros: bool = False
 

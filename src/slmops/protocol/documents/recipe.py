@@ -153,7 +153,7 @@ class Recovery(Section):
     reconstruct_tokens: int = Field(default=8192, ge=0)
     distil_tokens: int = Field(default=32768, ge=0)
     epochs: int = Field(default=1, ge=1)
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: float = Field(default=2e-5, gt=0)
     rank: int = Field(default=16, ge=1)
     seed: int = 7
 
@@ -234,7 +234,7 @@ class DistilStep(Section):
     rank: int = Field(default=16, ge=1)
     tokens: int = Field(default=32768, ge=64)
     epochs: int = Field(default=1, ge=1)
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: float = Field(default=2e-5, gt=0)
     general_text: tuple[str, ...] = ()
     seed: int = 7
 
