@@ -105,11 +105,12 @@ def test_an_unsure_answer_may_get_better() -> None:
 
 
 def test_candidates_are_half_right_and_half_unsure() -> None:
-    """In their order; what one half lacks the other fills; an answer that cannot be used is no candidate."""
+    """In their order; what one half lacks the other fills; an item without a usable answer comes last."""
     ranked = ["r1", "r2", "r3", "r4", "w1", "w2", "w3"]
     exact = {name: name.startswith("r") for name in ranked}
     said = dict.fromkeys(ranked, "x") | {"w2": ""}
     assert candidates_of(ranked, exact, said, 4) == ["r1", "r2", "w1", "w3"]
     assert candidates_of(ranked, exact, said, 6) == ["r1", "r2", "r3", "r4", "w1", "w3"]
+    assert candidates_of(["w2"], exact, said, 4) == ["w2"]
     assert candidates_of(["r1", "w1", "w3"], exact, said, 4) == ["r1", "w1", "w3"]
     assert candidates_of(["r1", "r2", "r3", "w1"], exact, said, 4) == ["r1", "r2", "r3", "w1"]

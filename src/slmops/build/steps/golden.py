@@ -117,11 +117,13 @@ def select(context: StepContext) -> dict[str, Any]:
 def candidates_of(
     ranked: Sequence[str], exact: Mapping[str, bool], said: Mapping[str, str], count: int
 ) -> list[str]:
-    """Half right answers, half wrong ones that can be used, each in the given order; what one half lacks the other fills."""
+    """Half right answers, half wrong ones that can be used, each in the given order; what is lacking the others fill."""
     right = [name for name in ranked if exact[name]]
     wrong = [name for name in ranked if not exact[name] and _usable(said[name])]
     few = min(len(wrong), max(count // 2, count - len(right)))
-    return [*right[: count - few], *wrong[:few]]
+    tried = [*right[: count - few], *wrong[:few]]
+    rest = [name for name in ranked if name not in tried]
+    return [*tried, *rest[: max(count - len(tried), 0)]]
 
 
 def _turns(items: Sequence[Item]) -> dict[str, int]:
