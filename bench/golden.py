@@ -1,4 +1,4 @@
-"""Promise: the golden pack notices at least 90 % of plausible damages without a false alarm, and more than packs drawn at random.
+"""Promise: a golden pack chosen for power notices more plausible damages than one drawn at random, without a false alarm.
 
 A variant of the example is built, then damaged in every way of ``slmops.build.damage_catalogue``. Each damaged model is loaded
 and scored by the code that devices run (an engine process, ``agent.golden.score_pack``), and judged as devices judge: by its own
@@ -43,7 +43,8 @@ from slmops.runtimes import EngineSpec, open_engine
 from slmops.runtimes.llama_cpp.logits import LogitModel
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "home-intents"
-PACK_PROMPTS, CANDIDATES = 8, 16
+#: scored are the build's candidates, and as many first right answers as a pack without choice would have
+PACK_PROMPTS, CANDIDATES = 8, 12
 SERVING = {"context_tokens": 1024, "kv_cache": "q8_0", "parallel": 1, "micro_batch_tokens": 64}
 Scores = Mapping[str, PromptScore]
 
@@ -57,6 +58,8 @@ class World:
     variant: Path
     candidates: GoldenPack
     chosen: tuple[str, ...]
+    first: tuple[str, ...]
+    wrong: frozenset[str]
     seconds_to_choose: float
 
 
@@ -111,18 +114,26 @@ def build_world(folder: Path) -> World:
     context = StepContext(
         {"eval": EXAMPLE / "data" / "eval.jsonl", "answers": cache.path(asked.files["answers.jsonl"].sha256)},
         {"asked": asked.value},
-        {"count": CANDIDATES, "max_drop_ratio": 0.0},
+        {"count": len(asked.value["free"]["items"]), "max_drop_ratio": 0.0},
         folder,
         lambda ratio, note: None,
     )
-    golden.select(context)  # without a variant: the candidates, in their order
-    candidates = decode((folder / "golden-pack.json").read_bytes(), GoldenPack)
+    golden.select(context)  # without a variant: all of them, in their order
+    everything = decode((folder / "golden-pack.json").read_bytes(), GoldenPack)
+    exact = dict(zip(asked.value["free"]["items"], asked.value["free"]["exact"], strict=True))
+    ranked = [prompt.id for prompt in everything.prompts]
+    said = {prompt.id: prompt.answer for prompt in everything.prompts}
+    first = tuple(ranked[:PACK_PROMPTS])
+    pool = {*golden.candidates_of(ranked, exact, said, CANDIDATES), *first}
+    candidates = GoldenPack(1, tuple(prompt for prompt in everything.prompts if prompt.id in pool))
     return World(
         cache.path(built.reference_sha256),
         cache.path(built.base.sha256),
         folder / "build" / built.variants[0].model.path,
         candidates,
         tuple(prompt.id for prompt in pack.prompts),
+        first,
+        frozenset(name for name in ranked if not exact[name]),
         steps["golden pack"].seconds,
     )
 
@@ -176,15 +187,20 @@ def other_builds(world: World) -> Iterator[tuple[str, Scores]]:
             yield f"{'repacked' if repack else 'plain'} weights, batches of {batch}", scores
 
 
-def expectations(chosen: Sequence[str], reference: Scores, variant: Scores) -> list[PromptExpectation]:
+def expectations(
+    chosen: Sequence[str], reference: Scores, variant: Scores, wrong: frozenset[str]
+) -> list[PromptExpectation]:
     """What a release with this pack would expect, by the build's own rules."""
+    unsure = wrong.intersection(chosen)
+    if 2 * len(unsure) > len(chosen):
+        unsure = frozenset()
     facts = [
         {i: {"tokens_sha256": s[i].tokens_sha256, "mean_logprob": s[i].mean_logprob} for i in chosen}
         for s in (reference, variant)
     ]
     return [
         PromptExpectation(e.id, e.tokens_sha256, e.reference_logprob, e.tolerance, e.floor)
-        for e in golden.expectations_of(facts[0], facts[1], facts)
+        for e in golden.expectations_of(facts[0], facts[1], facts, unsure)
     ]
 
 
@@ -224,10 +240,12 @@ def main() -> None:
         variant = device_scores(spec_of(world.variant), world.candidates)
         ids = [prompt.id for prompt in world.candidates.prompts]
         chance = random.Random(7)
-        packs = {"chosen": list(world.chosen), "first": ids[:PACK_PROMPTS]} | {
+        packs = {"chosen": list(world.chosen), "first": list(world.first)} | {
             f"random {n}": chance.sample(ids, PACK_PROMPTS) for n in range(options.random)
         }
-        judged = {name: expectations(chosen, reference, variant) for name, chosen in packs.items()}
+        judged = {
+            name: expectations(chosen, reference, variant, world.wrong) for name, chosen in packs.items()
+        }
         before = {name: keeps_answers(pack, variant) for name, pack in judged.items()}
         damaged = dict(damage_scores(world, folder))
         benign = {
@@ -314,18 +332,18 @@ def report(
     first = rate("first", None)
     rows = []
     for case, which, without, promise in (
-        ("noticed by either pack", None, set(), ">= 0.9 and not below random"),
+        ("noticed by either pack", None, set(), "not below random"),
         (
             "noticed by either pack, without the probes that chose it",
             None,
             probes,
-            ">= 0.9 and not below random",
+            "not below random",
         ),
         ("noticed by its own pack", 0, set(), "not below random"),
         ("noticed by the committed release's pack", 1, set(), "not below random"),
     ):
         ours, peer = rate("chosen", which, without), at_random(which, without)
-        holds = ours >= peer - 1e-9 and (which is not None or ours >= 0.9)
+        holds = ours >= peer - 1e-9
         rows.append(
             result(
                 case,

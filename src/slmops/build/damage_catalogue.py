@@ -84,9 +84,6 @@ DAMAGES: tuple[Damage, ...] = (
     Damage("merges-cut", "half of the merges lost", merges_cut),
     Damage("tokens-shifted", "a third of the vocabulary one row off", tokens_exchanged),
     Damage(
-        "bos-added", "a BOS token before every prompt", metadata_value(_ADD_BOS, lambda _: flag_value(True))
-    ),
-    Damage(
         "bos-wrong",
         "another BOS, and added",
         each(
@@ -109,7 +106,6 @@ DAMAGES: tuple[Damage, ...] = (
         "rope-base-low",
         "rope base 1,000",
         metadata_value(_ROPE_BASE, lambda _: float_value(1000.0)),
-        probe=True,
     ),
     Damage(
         "rope-scale",
@@ -121,7 +117,9 @@ DAMAGES: tuple[Damage, ...] = (
     ),
     Damage("norm-eps-large", "norm epsilon 0.1", metadata_value(_EPSILON, lambda _: float_value(0.1))),
     Damage(
-        "norm-eps", "norm epsilon 0.01", metadata_value(_EPSILON, lambda _: float_value(0.01)), probe=True
+        "norm-eps",
+        "norm epsilon 0.01",
+        metadata_value(_EPSILON, lambda _: float_value(0.01)),
     ),
     Damage(
         "layer-lost",
@@ -176,6 +174,12 @@ DAMAGES: tuple[Damage, ...] = (
     ),
     Damage("ffn-zeroed", "one feed-forward output lost", rows_of(0.45, "ffn_down", zeroed)),
     Damage("attention-zeroed", "one attention output lost", rows_of(0.65, "attn_output", zeroed)),
+    Damage(
+        "attention-half",
+        "one attention output at half its size",
+        rows_of(0.25, "attn_output", scaled(0.5)),
+        probe=True,
+    ),
     Damage("norm-ones", "one attention norm never loaded", rows_of(0.5, "attn_norm", ones)),
     Damage("ffn-half", "one feed-forward output at half its size", rows_of(0.75, "ffn_down", scaled(0.5))),
     Damage(

@@ -475,6 +475,7 @@ def _speed_params(read: ReadRecipe, evaluation: Evaluation) -> dict[str, Any]:
 def _expect_step(target: Target, targets: tuple[Target, ...]) -> Step:
     inputs: dict[str, Output | SourceFile] = {
         "pack": Output(PACK, "golden-pack.json"),
+        "chosen": Output(PACK),
         "reference": Output(GOLDEN_REFERENCE),
         "own": Output(of_target("golden scores", target)),
     }

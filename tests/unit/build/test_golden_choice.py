@@ -53,6 +53,15 @@ def test_vocabulary_decides_between_equals_and_order_the_rest() -> None:
     assert choose(["c", "a"], pull, parts, 2) == ["c", "a"]
 
 
+def test_unsure_answers_are_at_most_half_of_the_pack() -> None:
+    """However much they notice; without enough others they fill up."""
+    pull = {"rope": {"a": 3.0, "b": 3.0, "c": 3.0, "d": 0.1, "e": 0.0}}
+    parts = dict.fromkeys("abcde", NOWHERE)
+    chosen = choose(list("abcde"), pull, parts, 4, frozenset("abc"))
+    assert len(set(chosen) & set("abc")) == 2
+    assert set(choose(list("abcd"), pull, parts, 4, frozenset("abc"))) == set("abcd")
+
+
 def test_more_than_there_are_takes_all() -> None:
     assert choose(["a"], {}, {"a": NOWHERE}, 8) == ["a"]
     assert choose([], {}, {}, 8) == []

@@ -10,7 +10,14 @@ import pytest
 
 from slmops.artifact.manifest import GoldenPack, decode
 from slmops.build.graph import StepContext
-from slmops.build.steps.golden import BASE_TOLERANCE, FLOOR_SLACK, expectations_of, select
+from slmops.build.steps.golden import (
+    BASE_TOLERANCE,
+    FLOOR_SLACK,
+    NO_FLOOR,
+    candidates_of,
+    expectations_of,
+    select,
+)
 from slmops.core.errors import BuildError
 
 
@@ -86,3 +93,24 @@ def test_enough_right_answers_leave_the_wrong_ones_out(tmp_path: Path) -> None:
     """A model that knows its task is held to right answers only."""
     said = {"a": ("wrong", False), "b": ("gold", True), "d": ("gold", True)}
     assert [p.id for p in chosen(tmp_path, said, 2).prompts] == ["b", "d"]
+
+
+def test_an_unsure_answer_may_get_better() -> None:
+    """It has a tolerance like any other, but no floor: a later release that answers right has not lost it."""
+    reference = scores(right=-0.1, wrong=-0.2)
+    by_id = {e.id: e for e in expectations_of(reference, reference, [reference], frozenset({"wrong"}))}
+    assert by_id["right"].floor == pytest.approx(-0.1 - FLOOR_SLACK)
+    assert by_id["wrong"].floor == NO_FLOOR
+    assert by_id["wrong"].tolerance == BASE_TOLERANCE
+
+
+def test_candidates_are_half_right_and_half_unsure() -> None:
+    """In their order; what one half lacks the other fills; an item without a usable answer comes last."""
+    ranked = ["r1", "r2", "r3", "r4", "w1", "w2", "w3"]
+    exact = {name: name.startswith("r") for name in ranked}
+    said = dict.fromkeys(ranked, "x") | {"w2": ""}
+    assert candidates_of(ranked, exact, said, 4) == ["r1", "r2", "w1", "w3"]
+    assert candidates_of(ranked, exact, said, 6) == ["r1", "r2", "r3", "r4", "w1", "w3"]
+    assert candidates_of(["w2"], exact, said, 4) == ["w2"]
+    assert candidates_of(["r1", "w1", "w3"], exact, said, 4) == ["r1", "w1", "w3"]
+    assert candidates_of(["r1", "r2", "r3", "w1"], exact, said, 4) == ["r1", "r2", "r3", "w1"]

@@ -4,7 +4,9 @@
 and one of each group before a second; when it answers too few right, others are filled in. The answer in the pack is the
 unquantised model's own (for a right item that is the right answer; where it says nothing, the gold answer): the pack states how
 this model behaves, right or wrong. Of the candidates those are taken that notice most (:mod:`slmops.build.golden_choice`): a
-variant is damaged in the ways that the catalogue marks as probes, and scored as a device would score it.
+variant is damaged in the ways that the catalogue marks as probes, and scored as a device would score it. Half of the candidates
+are items that the model answers wrong, because it is unsure of them; they are at most half of the pack, and a later release
+need not keep such an answer (its floor is ``NO_FLOOR``): to answer better must not look like damage.
 
 **Own expectations** of a variant: the mean log-probability of each answer under the unquantised reference, with a tolerance
 made from the variant's own distance to it: 0.05 + 2 * max(its distance on this prompt, its mean distance). A device runs the
@@ -71,6 +73,8 @@ SCHEMA = 1
 BASE_TOLERANCE = 0.05
 #: a later release may find an answer's tokens this much less likely, nats a token
 FLOOR_SLACK = 0.35
+#: of an answer that a later release need not keep
+NO_FLOOR = -1000.0
 _LONGEST_ANSWER_CHARACTERS = 400
 
 
@@ -79,8 +83,8 @@ def select(context: StepContext) -> dict[str, Any]:
 
     Files in: ``eval``, ``answers`` (of the reference), ``reference`` and ``variant`` (models; without them the first candidates
     are taken); out: ``golden-pack.json``. Params: ``count``, ``max_drop_ratio``, ``candidates`` (how many are scored),
-    ``serving``. Value: ``prompts``, ``right``, and ``noticed``: for each probe the largest pull in the pack (beyond 1 it is
-    noticed).
+    ``serving``. Value: ``prompts``, ``right``; ``unsure``: prompts whose answer a later release need not keep; and ``noticed``:
+    for each probe the largest pull in the pack (beyond 1 it is noticed).
     """
     items = {item.id: item for item in read_items(context.files["eval"])}
     said = {
@@ -95,15 +99,31 @@ def select(context: StepContext) -> dict[str, Any]:
     count, candidates = int(context.params["count"]), int(context.params.get("candidates", 0))
     noticed: dict[str, float] = {}
     if candidates > count and "variant" in context.files:
-        prompts = [_prompt(items[name], answers[name]) for name in ranked[:candidates]]
-        chosen, noticed = _most_telling(context, prompts, count)
+        tried = candidates_of(ranked, exact, said, candidates)
+        prompts = [_prompt(items[name], answers[name]) for name in tried]
+        wrong = frozenset(name for name in tried if not exact[name])
+        chosen, noticed = _most_telling(context, prompts, count, wrong)
     else:
         chosen = ranked[:count]
     pack = GoldenPack(
         SCHEMA, tuple(_prompt(items[i], answers[i]) for i in chosen), float(context.params["max_drop_ratio"])
     )
     (context.out / "golden-pack.json").write_bytes(encode(pack))
-    return {"prompts": len(chosen), "right": sum(exact[i] for i in chosen), "noticed": noticed}
+    right = sum(exact[i] for i in chosen)
+    unsure = [i for i in chosen if not exact[i]] if noticed and 2 * right >= len(chosen) else []
+    return {"prompts": len(chosen), "right": right, "unsure": unsure, "noticed": noticed}
+
+
+def candidates_of(
+    ranked: Sequence[str], exact: Mapping[str, bool], said: Mapping[str, str], count: int
+) -> list[str]:
+    """Half right answers, half wrong ones that can be used, each in the given order; what is lacking the others fill."""
+    right = [name for name in ranked if exact[name]]
+    wrong = [name for name in ranked if not exact[name] and _usable(said[name])]
+    few = min(len(wrong), max(count // 2, count - len(right)))
+    tried = [*right[: count - few], *wrong[:few]]
+    rest = [name for name in ranked if name not in tried]
+    return [*tried, *rest[: max(count - len(tried), 0)]]
 
 
 def _turns(items: Sequence[Item]) -> dict[str, int]:
@@ -118,7 +138,7 @@ def _turns(items: Sequence[Item]) -> dict[str, int]:
 
 
 def _most_telling(
-    context: StepContext, prompts: Sequence[GoldenPrompt], count: int
+    context: StepContext, prompts: Sequence[GoldenPrompt], count: int, wrong: frozenset[str]
 ) -> tuple[list[str], dict[str, float]]:
     """The prompts that notice most, and how surely each probe is noticed."""
     serving = Serving(**context.params["serving"])
@@ -146,7 +166,7 @@ def _most_telling(
     finally:
         scratch.unlink(missing_ok=True)
     parts = {name: vocabulary_parts(rendered[name][0], vocab_tokens) for name in names}
-    chosen = choose(names, pull, parts, count)
+    chosen = choose(names, pull, parts, count, wrong)
     return chosen, {name: round(max(row[i] for i in chosen), 6) for name, row in pull.items()}
 
 
@@ -192,7 +212,8 @@ def score(context: StepContext) -> dict[str, Any]:
 def expect(context: StepContext) -> dict[str, Any]:
     """Write a variant's expectations.
 
-    Files in: ``pack``. Values in: ``reference``, ``own``, ``variant-...`` (all scores of the release). Out:
+    Files in: ``pack``. Values in: ``chosen`` (of :func:`select`), ``reference``, ``own``, ``variant-...`` (all scores of the
+    release). Out:
     ``golden-expectations.json``. Value: distances and floors.
     """
     pack_bytes = context.files["pack"].read_bytes()
@@ -202,7 +223,10 @@ def expect(context: StepContext) -> dict[str, Any]:
         *(context.values[name] for name in sorted(context.values) if name.startswith("variant-")),
     ]
     expectations = expectations_of(
-        reference["scores"], own["scores"], [scored["scores"] for scored in everyone]
+        reference["scores"],
+        own["scores"],
+        [scored["scores"] for scored in everyone],
+        frozenset(context.values["chosen"]["unsure"]),
     )
     document = GoldenExpectations(
         SCHEMA, sha256_hex(pack_bytes), reference["model_sha256"], tuple(expectations)
@@ -221,6 +245,7 @@ def expectations_of(
     reference: Mapping[str, Mapping[str, Any]],
     own: Mapping[str, Mapping[str, Any]],
     everyone: Sequence[Mapping[str, Mapping[str, Any]]],
+    unsure: frozenset[str] = frozenset(),
 ) -> list[GoldenExpectation]:
     """The rules of this module's docstring, as arithmetic.
 
@@ -228,6 +253,7 @@ def expectations_of(
         reference: prompt id to ``tokens_sha256`` and ``mean_logprob`` under the unquantised model.
         own: the same under the variant.
         everyone: the same under the reference and every variant of the release.
+        unsure: prompts whose answers a later release need not keep.
 
     Raises:
         BuildError: the variant tokenises a prompt unlike the reference.
@@ -248,7 +274,7 @@ def expectations_of(
                 tokens_sha256=scored["tokens_sha256"],
                 reference_logprob=round(scored["mean_logprob"], 6),
                 tolerance=round(BASE_TOLERANCE + 2 * max(distance[name], mean), 6),
-                floor=round(worst - FLOOR_SLACK, 6),
+                floor=NO_FLOOR if name in unsure else round(worst - FLOOR_SLACK, 6),
             )
         )
     return result

@@ -377,7 +377,7 @@ class Evaluation(Section):
     base_items: int = Field(default=24, ge=0)
     golden_prompts: int = Field(default=8, ge=1, le=64)
     golden_max_drop: Ratio = Field(default=0.0, ge=0, lt=1)
-    golden_candidates: int = Field(default=16, ge=0, le=256)
+    golden_candidates: int = Field(default=12, ge=0, le=256)
     bench_repeats: int = Field(default=3, ge=1)
     seed: int = 7
     warnings: WarningLights = WarningLights()
