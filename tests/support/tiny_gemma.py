@@ -34,12 +34,24 @@ PIECES = (
 )
 
 
-def make_tiny_gemma(path: Path, *, seed: int = 0, layers: int = 2, hidden: int = 64, ffn: int = 128) -> Path:
-    """Write the model and give its path back: head width 32, two heads, one of keys and values."""
+def make_tiny_gemma(
+    path: Path, *, seed: int = 0, layers: int = 2, hidden: int = 64, ffn: int = 128, more_tokens: int = 0
+) -> Path:
+    """Write the model and give its path back: head width 32, two heads, one of keys and values.
+
+    Args:
+        path: new file.
+        seed: of the weights.
+        layers: number of blocks.
+        hidden: width.
+        ffn: feed-forward width.
+        more_tokens: unused tokens on top, for a vocabulary as large as the real one's.
+    """
     rng = np.random.default_rng(seed)
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *PIECES]
     kinds = [TokenType.CONTROL] * 3 + [TokenType.UNKNOWN] + [TokenType.BYTE] * 256
-    kinds += [TokenType.NORMAL] * len(PIECES)
+    kinds += [TokenType.NORMAL] * len(PIECES) + [TokenType.UNUSED] * more_tokens
+    tokens += [f"<unused{i}>" for i in range(more_tokens)]
     writer = GGUFWriter(path, "gemma3")
     writer.add_name("tiny gemma")
     writer.add_license("gemma")
@@ -57,7 +69,7 @@ def make_tiny_gemma(path: Path, *, seed: int = 0, layers: int = 2, hidden: int =
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * 260 + [-float(i) for i in range(len(PIECES))])
+    writer.add_token_scores([0.0] * 260 + [-float(i) for i in range(len(PIECES) + more_tokens)])
     writer.add_token_types(kinds)
     writer.add_bos_token_id(2)
     writer.add_eos_token_id(1)

@@ -97,10 +97,9 @@ def _cost(row: Mapping[str, Any], evidence: Mapping[str, Any]) -> list[str]:
     if flips is not None and items:
         count = round(flips * items)
         said.append(
-            f"on {items} held-out items it was right or wrong as the unquantised model, every time"
+            f"it answers all {items} held-out items word for word as the unquantised model does"
             if count == 0
-            else f"{_one_in(flips)} held-out items ({count} of {items}) came out differently, right or wrong, than with the "
-            "unquantised model"
+            else f"it answers {_one_in(flips)} held-out items ({count} of {items}) differently from the unquantised model"
         )
     same = figures["same_top_ratio"]
     tokens = figures["scored_tokens"]

@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tests.support.tiny_gemma import make_tiny_gemma
 from tests.support.tiny_model import make_tiny_adapter, make_tiny_gguf
 
 from slmops.core.errors import BuildError, RuntimeLoadError, UsageError
@@ -53,6 +54,20 @@ def test_the_scorer_without_numpy_agrees_with_numpy(model_path: Path) -> None:
     np.testing.assert_allclose(score.greedy_logprobs, rows.max(axis=1), atol=1e-5)
     best = np.sort(rows, axis=1)[:, ::-1][:, :5]
     np.testing.assert_allclose([[value for _, value in row] for row in score.top], best, atol=1e-5)
+
+
+def test_a_vocabulary_of_a_quarter_million(tmp_path: Path) -> None:
+    """As many tokens as Gemma 3 has: a row of work no longer fits beside the graph (this once died with signal 11)."""
+    path = make_tiny_gemma(tmp_path / "large.gguf", layers=1, more_tokens=262_144)
+    with LogitModel(path, context_tokens=64) as model:
+        logits = model.logits([2, 100, 200])[:-1].astype(np.float64)
+    expected = logits - np.log(np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1, keepdims=True))
+    expected -= logits.max(axis=1, keepdims=True)
+    scorer = Scorer(path, context_tokens=64)
+    score = scorer.score([2, 100, 200], start=1, top_k=2)
+    scorer.close()
+    np.testing.assert_allclose(score.logprobs, [expected[0, 100], expected[1, 200]], atol=1e-3)
+    assert score.greedy_ids == tuple(int(i) for i in logits.argmax(axis=1))
 
 
 def test_scores_do_not_depend_on_where_they_start(model_path: Path) -> None:

@@ -169,7 +169,10 @@ def _read_rows(
 ) -> tuple[list[float], list[int], list[float], list[tuple[tuple[int, float], ...]]]:
     """Log-probability of each target, argmax, its log-probability, top k. Overwrites the logits."""
     lib, width = model.lib, model.vocab_tokens
-    arena = lib.ggml_init(capi.InitParams(_GRAPH_BYTES + rows * (width if top_k else 1) * 4, None, False))
+    # each thread of a softmax or a sort works on a row of its own inside the arena: 1 MiB with a vocabulary of 262,144
+    work_bytes = 2 * width * 4 * threads
+    results_bytes = rows * (width if top_k else 1) * 4
+    arena = lib.ggml_init(capi.InitParams(_GRAPH_BYTES + work_bytes + results_bytes, None, False))
     try:
         matrix = _borrowed_matrix(lib, arena, logits, width, rows)
         best = lib.ggml_argmax(arena, matrix)
