@@ -30,8 +30,9 @@ from stock import write_stock
 from slmops.build.cache import Cache
 from slmops.build.files import sha256_of_file
 from slmops.build.graph import Output, SourceFile, Step
-from slmops.build.plan import PREDICTION_PARTS, predicts
 from slmops.build.runner import run_steps
+from slmops.build.search_plan import predicts
+from slmops.build.step_names import PREDICTION_PARTS
 from slmops.protocol.documents.recipe import Search
 from slmops.runtimes import EngineSpec
 from slmops.runtimes.bench import bench_model

@@ -66,7 +66,7 @@ def test_examples_and_a_profile_are_enough(tmp_path: Path) -> None:
 def test_many_examples_gate_the_task(tmp_path: Path) -> None:
     """With 60 held-out items there is a task gate too; a recipe that names its gates keeps them; [] judges nothing."""
     make_tiny_gguf(tmp_path / "base.gguf")
-    from slmops.build.plan import read_recipe
+    from slmops.build.recipe_files import read_recipe
 
     few = read_recipe(project(tmp_path, {"gguf": "base.gguf"}))
     assert [gate.metric for gate in few.recipe.gates] == ["kld.mean", "same_top.ratio"]

@@ -19,7 +19,7 @@ from slmops.build.steps.fetch import facts as base_facts
 from slmops.protocol.documents.recipe import GateSpec, Recipe, Target
 
 if TYPE_CHECKING:
-    from slmops.build.plan import ReadRecipe
+    from slmops.build.recipe_files import ReadRecipe
 
 #: what ships with slmops: see docs/explanation/defaults.md
 GENERAL_TEXT = Path(__file__).parent / "texts" / "general.jsonl"

@@ -29,7 +29,11 @@ from slmops.build.events import Progress
 from slmops.build.first_steps import BASE
 from slmops.build.graph import SourceFile, Step
 from slmops.build.overlap import Overlap, check_never_seen, frozen_set
-from slmops.build.plan import (
+from slmops.build.plan import Plan, make_plan
+from slmops.build.recipe_files import ReadRecipe, read_recipe, serving_of, with_speed_table
+from slmops.build.runner import run_steps
+from slmops.build.shipped import MEASURING, check_shipped
+from slmops.build.step_names import (
     ASKED_BASE,
     ASKED_REFERENCE,
     DISTRIBUTIONS,
@@ -38,16 +42,8 @@ from slmops.build.plan import (
     PACK,
     SPARSITY,
     SPEEDS,
-    Plan,
-    ReadRecipe,
-    make_plan,
     of_target,
-    read_recipe,
-    serving_of,
-    with_speed_table,
 )
-from slmops.build.runner import run_steps
-from slmops.build.shipped import MEASURING, check_shipped
 from slmops.build.verdicts import flips_estimate, judge, warnings_of
 from slmops.core.device.fit import ModelShape, Serving, effective_bandwidth, predict_decode_tps
 from slmops.core.evidence.gates import Finding, Verdict, combine

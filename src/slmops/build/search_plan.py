@@ -1,0 +1,122 @@
+"""The part of the graph that decides: sensitivities, and the choice of types for each target, verified when asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib.metadata import version
+from typing import Any
+
+from slmops.build.graph import Output, SourceFile, Step
+from slmops.build.recipe_files import ReadRecipe, serving_of
+from slmops.build.speeds import TABLE
+from slmops.build.step_names import DAMAGE_PARTS, PREDICTION_PARTS, SPEEDS, of_target
+from slmops.core.errors import DocumentError
+from slmops.protocol.documents.recipe import Recipe, Search, Target
+
+
+def gradient_steps(read: ReadRecipe, weights: dict[str, Output | SourceFile], text: Output) -> list[Step]:
+    """Gradients of sampled targets, and what they predict for every type: where torch is installed, unless told otherwise."""
+    search = read.recipe.search
+    if not predicts(search):
+        return []
+    params = {
+        "tokens": search.gradient_tokens,
+        "seed": read.recipe.evaluation.seed,
+        "torch": version("torch"),
+    }
+    inputs: dict[str, Output | SourceFile] = {"model": weights["model"], "text": text}
+    gradients = Step("gradients", "slmops.train.gradients:collect", inputs, params)
+    given: dict[str, Output | SourceFile] = {
+        **weights,
+        "hessians": Output("imatrix", "hessians.npz"),
+        "inputs": Output("imatrix"),
+        "gradients": Output("gradients", "gradients.npz"),
+        "gradients-facts": Output("gradients"),
+    }
+    rows = {"types": list(search.types), "sample_rows": search.sample_rows, "parts": PREDICTION_PARTS}
+    return [
+        gradients,
+        *(
+            Step(
+                f"predictions {part + 1}",
+                "slmops.build.steps.predicted:predict",
+                given,
+                {**rows, "part": part},
+            )
+            for part in range(PREDICTION_PARTS)
+        ),
+    ]
+
+
+def predicts(search: Search) -> bool:
+    """Whether losses are predicted from gradients.
+
+    Raises:
+        DocumentError: the recipe insists on it and torch is not installed.
+    """
+    present = importlib.util.find_spec("torch") is not None
+    if search.sensitivity == "kfac" and not present:
+        raise DocumentError(
+            "search.sensitivity: kfac needs torch, which is not installed",
+            hint='pip install "slmops[train]", or sensitivity: auto (torch where it is installed, else measured damage)',
+        )
+    return present and search.sensitivity != "measured"
+
+
+def feedback_inputs(read: ReadRecipe) -> dict[str, Output | SourceFile]:
+    """What quantising with error feedback takes besides weights and importance matrix; feedback would fill up zeros."""
+    inputs: dict[str, Output | SourceFile] = {}
+    if read.recipe.search.feedback and not any(step.sparsify for step in read.recipe.steps):
+        inputs |= {"hessians": Output("imatrix", "hessians.npz"), "inputs": Output("imatrix")}
+        if "scales" in read.sources:
+            inputs["scales"] = read.sources["scales"]
+    return inputs
+
+
+def choose_step(read: ReadRecipe, target: Target, reference: Output) -> Step:
+    """The choice of types for a target, within its budget."""
+    profile = read.profiles[target.profile]
+    params: dict[str, Any] = {
+        "profile": target.profile,
+        "types": list(read.recipe.search.types),
+        "artifact_bytes": target.budget.artifact_bytes,
+        "ram_bytes": target.budget.ram_bytes or profile.ram_bytes,
+        "serving": serving_of(read.recipe),
+    }
+    inputs: dict[str, Output | SourceFile] = {"model": reference, "errors": Output("errors")}
+    if read.recipe.search.speed is not None:
+        params["decode_tps"] = target.budget.decode_tps
+        inputs[TABLE] = read.sources["speed"] if "speed" in read.sources else Output(SPEEDS)
+    if read.recipe.search.probe_tokens:
+        inputs |= {f"damage-{part + 1}": Output(f"damage {part + 1}") for part in range(DAMAGE_PARTS)}
+    if target.budget.artifact_bytes is None:
+        inputs["budget"] = Output(of_target("budget", target))
+    if predicts(read.recipe.search):
+        inputs |= {
+            f"predictions-{part + 1}": Output(f"predictions {part + 1}") for part in range(PREDICTION_PARTS)
+        }
+    return Step(of_target("choose", target), "slmops.build.steps.choose:choose", inputs, params, light=True)
+
+
+def verify_step(read: ReadRecipe, target: Target, choosing: Step, text: Output) -> Step:
+    """The best choices by their true divergence, and better ones near them."""
+    search = read.recipe.search
+    params = {
+        **choosing.params,
+        "tokens": search.verify_tokens,
+        "neighbours": search.neighbours,
+        "seed": read.recipe.evaluation.seed,
+    }
+    inputs = {
+        **choosing.inputs,
+        "imatrix": Output("imatrix", "imatrix.npz"),
+        "choice": Output(choosing.name),
+        "text": text,
+        **feedback_inputs(read),
+    }
+    return Step(of_target("verify", target), "slmops.build.steps.repair:repair", inputs, params)
+
+
+def chosen_by(recipe: Recipe, target: Target) -> str:
+    """Name of the step that has the last word on a target's types."""
+    return of_target("verify" if recipe.search.verify_tokens else "choose", target)

@@ -1,0 +1,28 @@
+"""Names of a build's steps, by which results are found again."""
+
+from __future__ import annotations
+
+from slmops.protocol.documents.recipe import Target
+
+DAMAGE_PARTS = 2
+
+PREDICTION_PARTS = 2
+
+#: only where the recipe cuts or trains: the model before that, and what the cuts alone cost
+ASKED_PARENT, LIKELIHOOD_REFERENCE, SPARSITY = "answers: dense", "likelihood: unquantised", "sparsity report"
+
+SPEEDS = "speed of types"
+
+TEXT, PACK, ASKED_BASE, ASKED_REFERENCE, DISTRIBUTIONS, GOLDEN_REFERENCE = (
+    "render text",
+    "golden pack",
+    "answers: base",
+    "answers: unquantised",
+    "distributions: unquantised",
+    "golden scores: unquantised",
+)
+
+
+def of_target(kind: str, target: Target) -> str:
+    """Name of a target's step."""
+    return f"{kind}: {target.profile}"
