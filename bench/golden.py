@@ -1,6 +1,6 @@
-"""Promise: a golden pack chosen for power notices more plausible damages than one drawn at random, without a false alarm.
+"""Promise: a golden pack chosen for power notices more plausible faults than one drawn at random, without a false alarm.
 
-A variant of the example is built, then damaged in every way of ``slmops.build.damage_catalogue``. Each damaged model is loaded
+A variant of the example is built, then faulty in every way of ``slmops.build.fault_catalogue``. Each faulty model is loaded
 and scored by the code that devices run (an engine process, ``agent.golden.score_pack``), and judged as devices judge: by its own
 pack (tokens and tolerances), and by the committed release's floors, which a bad release cannot write itself. The same scores
 judge packs of the same size drawn at random from the same candidates, and the first candidates in order. Benign variation
@@ -32,8 +32,8 @@ from slmops.agent.golden import score_pack
 from slmops.artifact.manifest import GoldenPack, decode, golden_tokens_digest
 from slmops.build import run_build
 from slmops.build.cache import Cache
-from slmops.build.damage import Damage, damaged_copy
-from slmops.build.damage_catalogue import DAMAGES
+from slmops.build.fault_catalogue import FAULTS
+from slmops.build.faults import Fault, faulty_copy
 from slmops.build.graph import StepContext
 from slmops.build.steps import golden
 from slmops.build.steps.divergence import log_softmax
@@ -247,7 +247,7 @@ def main() -> None:
             name: expectations(chosen, reference, variant, world.wrong) for name, chosen in packs.items()
         }
         before = {name: keeps_answers(pack, variant) for name, pack in judged.items()}
-        damaged = dict(damage_scores(world, folder))
+        faulty = dict(faulty_scores(world, folder))
         benign = {
             label: device_scores(spec_of(world.variant, **settings), world.candidates)
             for label, settings in {
@@ -263,40 +263,40 @@ def main() -> None:
             }.items()
         } | dict(other_builds(world))
         if options.keep:
-            everything = {"reference": reference, "variant": variant, **damaged, **benign}
+            everything = {"reference": reference, "variant": variant, **faulty, **benign}
             scores = {
                 k: {i: (s.tokens_sha256, s.mean_logprob) for i, s in v.items()} for k, v in everything.items()
             }
             (folder / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
-    report(judged, before, damaged, benign, time.monotonic() - began, world.seconds_to_choose)
+    report(judged, before, faulty, benign, time.monotonic() - began, world.seconds_to_choose)
 
 
-def damage_scores(world: World, folder: Path) -> Iterator[tuple[str, Scores]]:
-    """Scores of every damaged model."""
-    path = folder / "damaged.gguf"
-    for damage in DAMAGES:
+def faulty_scores(world: World, folder: Path) -> Iterator[tuple[str, Scores]]:
+    """Scores of every faulty model."""
+    path = folder / "faulty.gguf"
+    for fault in FAULTS:
         try:
-            model = damaged_model(world, damage, path)
+            model = faulty_model(world, fault, path)
         except BuildError as error:
-            print(f"{damage.name}: not for this model: {error.message}", flush=True)
+            print(f"{fault.name}: not for this model: {error.message}", flush=True)
             continue
         began = time.monotonic()
-        yield damage.name, device_scores(damage.spec(spec_of(model)), world.candidates)
-        print(f"{damage.name}: scored in {time.monotonic() - began:.0f} s", flush=True)
+        yield fault.name, device_scores(fault.spec(spec_of(model)), world.candidates)
+        print(f"{fault.name}: scored in {time.monotonic() - began:.0f} s", flush=True)
         path.unlink(missing_ok=True)
 
 
-def damaged_model(world: World, damage: Damage, path: Path) -> Path:
-    if damage.lost_adapter:
+def faulty_model(world: World, fault: Fault, path: Path) -> Path:
+    if fault.lost_adapter:
         return world.base
-    damaged_copy(world.variant, path, damage)
+    faulty_copy(world.variant, path, fault)
     return path
 
 
 def report(
     judged: Mapping[str, Sequence[PromptExpectation]],
     before: Mapping[str, Mapping[str, bool]],
-    damaged: Mapping[str, Scores],
+    faulty: Mapping[str, Scores],
     benign: Mapping[str, Scores],
     seconds: float,
     choosing_s: float,
@@ -304,8 +304,8 @@ def report(
     def caught(name: str, conditions: Mapping[str, Scores]) -> dict[str, tuple[bool, bool]]:
         return {label: verdict(judged[name], before[name], scores) for label, scores in conditions.items()}
 
-    probes = {damage.name for damage in DAMAGES if damage.probe}
-    found = {name: caught(name, damaged) for name in judged}
+    probes = {fault.name for fault in FAULTS if fault.probe}
+    found = {name: caught(name, faulty) for name in judged}
     alarms = {name: caught(name, benign) for name in judged}
     for label, (own, committed) in found["chosen"].items():
         words = {(True, True): "both packs", (True, False): "own pack", (False, True): "committed pack"}
@@ -315,7 +315,7 @@ def report(
     for label, flags in alarms["chosen"].items():
         print(f"{label:<40} {'FALSE ALARM' if any(flags) else 'no alarm'}")
     print(
-        f"{len(damaged)} damages, {len(benign)} benign variations, {seconds:.0f} s in all, choosing {choosing_s:.0f} s"
+        f"{len(faulty)} faults, {len(benign)} benign variations, {seconds:.0f} s in all, choosing {choosing_s:.0f} s"
     )
 
     def rate(name: str, which: int | None, without: set[str] = set()) -> float:  # noqa: B006 - never changed

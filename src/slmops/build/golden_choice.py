@@ -1,12 +1,12 @@
-"""Choosing golden prompts for power: those whose outcome moves most under plausible damage, each damage covered.
+"""Choosing golden prompts for power: those whose outcome moves most under plausible faults, each fault covered.
 
-Pure arithmetic on scores. For a candidate prompt and a damage, the **pull** is how far the damage moves the answer's mean
+Pure arithmetic on scores. For a candidate prompt and a fault, the **pull** is how far the fault moves the answer's mean
 log-probability, in units of what the device would tolerate: beyond 1 its own pack notices, or the committed release's floor.
 Benign variation is in the unit: a prompt that quantising alone moves gets a wide tolerance, so it pulls little.
 
-Prompts are taken greedily by what they add. A damage counts for the largest pull in the pack and half as much for the second,
-each capped, so that one prompt which reacts to everything does not make the others useless, and two see each damage where they
-can. Between equals decides how much of the vocabulary a prompt adds (a damaged embedding is only seen by those who use its
+Prompts are taken greedily by what they add. A fault counts for the largest pull in the pack and half as much for the second,
+each capped, so that one prompt which reacts to everything does not make the others useless, and two see each fault where they
+can. Between equals decides how much of the vocabulary a prompt adds (a faulty embedding is only seen by those who use its
 rows), then the given order.
 
 A model that knows its task is sure of its right answers, and what it is sure of hardly moves: measured on the example, a lost
@@ -37,24 +37,24 @@ def tolerances(reference: Mapping[str, float], variant: Mapping[str, float], bas
 def pulls(
     reference: Mapping[str, float],
     variant: Mapping[str, float],
-    damaged: Mapping[str, float | None],
+    faulty: Mapping[str, float | None],
     *,
     base: float,
     slack: float,
 ) -> dict[str, float]:
-    """How far one damage moves each prompt, in units of what is tolerated.
+    """How far one fault moves each prompt, in units of what is tolerated.
 
     Args:
         reference: mean log-probability of each answer under the unquantised model; ``variant``: under a good variant.
         variant: see above.
-        damaged: under the damaged variant; None: not scored, which is noticed.
+        faulty: under the faulty variant; None: not scored, which is noticed.
         base: tolerance of an exact variant, nats.
         slack: of the floor below the worst good model, nats.
     """
     allowed = tolerances(reference, variant, base)
     found = {}
     for name, good in reference.items():
-        value = damaged[name]
+        value = faulty[name]
         if value is None or math.isnan(value):
             found[name] = ENOUGH_PULL
             continue
@@ -74,7 +74,7 @@ def choose(
 
     Args:
         candidates: ids, best first where nothing else decides.
-        pull: damage to candidate to pull, see :func:`pulls`.
+        pull: fault to candidate to pull, see :func:`pulls`.
         parts: candidate to the parts of the vocabulary that it uses.
         count: prompts wanted.
         unsure: candidates of which at most half of the pack is made, as long as there are others.

@@ -1,4 +1,4 @@
-"""Golden prompts are taken for what they notice: damages are covered, tolerance is in the unit, order decides between equals."""
+"""Golden prompts are taken for what they notice: faults are covered, tolerance is in the unit, order decides between equals."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_what_cannot_be_scored_is_noticed_for_sure() -> None:
     assert pulls({"x": 0.0}, {"x": 0.0}, {"x": -90.0}, base=0.05, slack=0.35) == {"x": ENOUGH_PULL}
 
 
-def test_each_damage_gets_a_prompt_that_notices_it() -> None:
-    """The two with the largest pulls notice the same damage; the pack takes one of them and the other damage's only witness."""
+def test_each_fault_gets_a_prompt_that_notices_it() -> None:
+    """The two with the largest pulls notice the same fault; the pack takes one of them and the other fault's only witness."""
     pull = {
         "rope": {"a": 3.0, "b": 2.9, "c": 0.0, "d": 0.2},
         "head": {"a": 0.0, "b": 0.0, "c": 1.6, "d": 0.1},
@@ -41,7 +41,7 @@ def test_each_damage_gets_a_prompt_that_notices_it() -> None:
 
 
 def test_a_second_witness_counts_half() -> None:
-    """A new damage at 1.0 is worth more than a second witness at 1.9 of a known one."""
+    """A new fault at 1.0 is worth more than a second witness at 1.9 of a known one."""
     pull = {"rope": {"a": 3.0, "b": 1.9, "c": 0.0}, "head": {"a": 0.0, "b": 0.0, "c": 1.0}}
     assert choose(["a", "b", "c"], pull, dict.fromkeys("abc", NOWHERE), 2) == ["a", "c"]
 

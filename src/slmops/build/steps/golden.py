@@ -4,9 +4,9 @@
 and one of each group before a second; when it answers too few right, others are filled in. The answer in the pack is the
 unquantised model's own (for a right item that is the right answer; where it says nothing, the gold answer): the pack states how
 this model behaves, right or wrong. Of the candidates those are taken that notice most (:mod:`slmops.build.golden_choice`): a
-variant is damaged in the ways that the catalogue marks as probes, and scored as a device would score it. Half of the candidates
-are items that the model answers wrong, because it is unsure of them; they are at most half of the pack, and a later release
-need not keep such an answer (its floor is ``NO_FLOOR``): to answer better must not look like damage.
+variant is made faulty in the ways that the catalogue marks as probes, and scored as a device would score it. Half of the
+candidates are items that the model answers wrong, because it is unsure of them; they are at most half of the pack, and a later
+release need not keep such an answer (its floor is ``NO_FLOOR``): to answer better must not look like a fault.
 
 **Own expectations** of a variant: the mean log-probability of each answer under the unquantised reference, with a tolerance
 made from the variant's own distance to it: 0.05 + 2 * max(its distance on this prompt, its mean distance). A device runs the
@@ -47,8 +47,8 @@ from slmops.artifact.manifest import (
     golden_tokens_digest,
 )
 from slmops.build.conversations import Item, read_items
-from slmops.build.damage import damaged_copy
-from slmops.build.damage_catalogue import PROBES
+from slmops.build.fault_catalogue import PROBES
+from slmops.build.faults import faulty_copy
 from slmops.build.files import sha256_of_file
 from slmops.build.golden_choice import choose, pulls, vocabulary_parts
 from slmops.build.graph import StepContext
@@ -60,8 +60,8 @@ from slmops.runtimes.llama_cpp.scorer import Scorer
 USES = (
     "slmops.artifact.manifest",
     "slmops.build.conversations",
-    "slmops.build.damage",
-    "slmops.build.damage_catalogue",
+    "slmops.build.faults",
+    "slmops.build.fault_catalogue",
     "slmops.build.gguf_file",
     "slmops.build.golden_choice",
     "slmops.runtimes.llama_cpp.native",
@@ -149,17 +149,17 @@ def _most_telling(
     variant = {name: value for name, value in good.items() if value is not None}
     exact = {name: value for name, value in reference.items() if value is not None and name in variant}
     names = [prompt.id for prompt in prompts if prompt.id in exact]
-    scratch = context.out.parent / f".{context.out.name}-damaged.gguf"
+    scratch = context.out.parent / f".{context.out.name}-faulty.gguf"
     pull: dict[str, dict[str, float]] = {}
     try:
-        for number, damage in enumerate(PROBES):
-            context.progress(number / len(PROBES), f"what notices: {damage.what}")
+        for number, fault in enumerate(PROBES):
+            context.progress(number / len(PROBES), f"what notices: {fault.what}")
             try:
-                damaged_copy(context.files["variant"], scratch, damage)
+                faulty_copy(context.files["variant"], scratch, fault)
             except BuildError:
                 continue  # not for this architecture or tokenizer
-            found = _logprobs(damage.spec(replace(spec, model_path=scratch)), rendered)
-            pull[damage.name] = pulls(
+            found = _logprobs(fault.spec(replace(spec, model_path=scratch)), rendered)
+            pull[fault.name] = pulls(
                 exact, {name: variant[name] for name in exact}, found, base=BASE_TOLERANCE, slack=FLOOR_SLACK
             )
             scratch.unlink()

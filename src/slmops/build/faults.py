@@ -1,6 +1,6 @@
-"""How a model is damaged: from a good file to a bad one, the same bytes for the same arguments.
+"""How a model is made faulty: from a good file to a bad one, the same bytes for the same arguments.
 
-Owns the writing of damaged copies and the edits; which damages there are says :mod:`slmops.build.damage_catalogue`. A copy is
+Owns the writing of faulty copies and the edits; which faults there are says :mod:`slmops.build.fault_catalogue`. A copy is
 whole, and its tensors keep type and size, so that only their content is wrong, and the file loads.
 """
 
@@ -51,7 +51,7 @@ _LAYER_TENSORS = (
 
 @dataclass
 class Patch:
-    """What a damage does to one file.
+    """What a fault does to one file.
 
     Attributes:
         metadata: key to the raw value (type and content) that replaces or adds it.
@@ -66,7 +66,7 @@ Change = Callable[[GgufFile, "Patch", np.random.Generator], None]
 
 
 @dataclass(frozen=True)
-class Damage:
+class Fault:
     """One way to be broken.
 
     Attributes:
@@ -86,27 +86,27 @@ class Damage:
     probe: bool = False
 
     def spec(self, good: EngineSpec) -> EngineSpec:
-        """The engine's settings under this damage."""
+        """The engine's settings under this fault."""
         return replace(good, **self.settings)
 
 
-def damaged_copy(source: Path, target: Path, damage: Damage, seed: int = 0) -> None:
-    """Write a damaged copy of a GGUF file; the same bytes for the same arguments.
+def faulty_copy(source: Path, target: Path, fault: Fault, seed: int = 0) -> None:
+    """Write a faulty copy of a GGUF file; the same bytes for the same arguments.
 
     Raises:
-        BuildError: the model has not what the damage needs (a tensor, a layer).
+        BuildError: the model has not what the fault needs (a tensor, a layer).
     """
-    if damage.change is None:
+    if fault.change is None:
         shutil.copyfile(source, target)
         return
     with open_gguf(source) as model:
         patch = Patch()
-        damage.change(model, patch, np.random.default_rng(seed))
+        fault.change(model, patch, np.random.default_rng(seed))
         for name, blob in patch.blobs.items():
             tensor = _tensor(model, name)
             if len(blob) != tensor.size_bytes:
                 raise BuildError(
-                    f"damage {damage.name}: {name} has {tensor.size_bytes} bytes, got {len(blob)}",
+                    f"fault {fault.name}: {name} has {tensor.size_bytes} bytes, got {len(blob)}",
                     hint="report it",
                 )
         begin = min(tensor.offset for tensor in model.layout.tensors)
@@ -173,7 +173,7 @@ def _tensor(model: GgufFile, name: str) -> Tensor:
     tensor = model.tensor(name)
     if tensor is None:
         raise BuildError(
-            f"damage: the model has no tensor {name}", hint="this damage is not for this architecture"
+            f"fault: the model has no tensor {name}", hint="this fault is not for this architecture"
         )
     return tensor
 
@@ -426,14 +426,14 @@ def _strings(model: GgufFile, key: str) -> list[bytes]:
     for name, begin, _ in metadata_ranges(model.content):
         if name == key:
             return _read_strings(model.content, begin + 8 + len(key.encode()) + 4)
-    raise BuildError(f"damage: the model has no {key}", hint="this damage is not for this tokenizer")
+    raise BuildError(f"fault: the model has no {key}", hint="this fault is not for this tokenizer")
 
 
 def _read_strings(content: mmap.mmap, at: int) -> list[bytes]:
     kind, count = struct.unpack_from("<IQ", content, at)
     if kind != _STRING:
         raise BuildError(
-            f"damage: expected strings, got element type {kind}", hint="this is another tokenizer"
+            f"fault: expected strings, got element type {kind}", hint="this is another tokenizer"
         )
     at += 12
     found = []

@@ -1,4 +1,4 @@
-"""Every damage of the catalogue does what it says to a real file, which loads or is refused by the engine, never half-made."""
+"""Every fault of the catalogue does what it says to a real file, which loads or is refused by the engine, never half-made."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tests.support.tiny_model import make_tiny_gguf
 
-from slmops.build.damage import Damage, damaged_copy, rows_of, zeroed
-from slmops.build.damage_catalogue import DAMAGES, PROBES
+from slmops.build.fault_catalogue import FAULTS, PROBES
+from slmops.build.faults import Fault, faulty_copy, rows_of, zeroed
 from slmops.core.errors import BuildError, RuntimeLoadError, SlmopsError
 from slmops.runtimes import EngineSpec
 from slmops.runtimes.llama_cpp.native import NativeModel
@@ -38,22 +38,22 @@ def score(path: Path) -> tuple[float, ...] | None:
 
 
 def test_there_are_at_least_thirty_with_names_of_their_own() -> None:
-    names = [damage.name for damage in DAMAGES]
+    names = [fault.name for fault in FAULTS]
     assert len(set(names)) == len(names) >= 40
     assert 3 <= len(PROBES) <= 8
-    assert all(damage.what for damage in DAMAGES)
-    assert all(damage.change or damage.settings or damage.lost_adapter for damage in DAMAGES)
+    assert all(fault.what for fault in FAULTS)
+    assert all(fault.change or fault.settings or fault.lost_adapter for fault in FAULTS)
 
 
-@pytest.mark.parametrize("damage", [d for d in DAMAGES if d.change], ids=lambda damage: damage.name)
-def test_a_damage_changes_what_the_model_says(tiny: Path, tmp_path: Path, damage: Damage) -> None:
+@pytest.mark.parametrize("fault", [d for d in FAULTS if d.change], ids=lambda fault: fault.name)
+def test_a_fault_changes_what_the_model_says(tiny: Path, tmp_path: Path, fault: Fault) -> None:
     """Same size of data, other bytes; the same ones again; and scores, token ids or the engine's consent differ."""
-    path, again = tmp_path / "damaged.gguf", tmp_path / "again.gguf"
-    damaged_copy(tiny, path, damage)
-    damaged_copy(tiny, again, damage)
+    path, again = tmp_path / "faulty.gguf", tmp_path / "again.gguf"
+    faulty_copy(tiny, path, fault)
+    faulty_copy(tiny, again, fault)
     assert path.read_bytes() == again.read_bytes()
-    assert (path.read_bytes() == tiny.read_bytes()) == (damage.name in UNHURT)
-    if damage.name in UNHURT:
+    assert (path.read_bytes() == tiny.read_bytes()) == (fault.name in UNHURT)
+    if fault.name in UNHURT:
         return
     text = "the in er 1234, and 567 li on reTHE"
     try:
@@ -69,13 +69,13 @@ def test_a_damage_changes_what_the_model_says(tiny: Path, tmp_path: Path, damage
         differs = other != whole.tokenize(text, add_special=True)
     finally:
         whole.close()
-    assert differs or score(path) != score(tiny) or damage.name in ("pre-tokenizer", "pre-default")
+    assert differs or score(path) != score(tiny) or fault.name in ("pre-tokenizer", "pre-default")
 
 
-def test_only_what_is_damaged_differs(tiny: Path, tmp_path: Path) -> None:
+def test_only_what_is_faulty_differs(tiny: Path, tmp_path: Path) -> None:
     """Read by another reader: one tensor is zero, all others and all metadata are as they were."""
-    path = tmp_path / "damaged.gguf"
-    damaged_copy(tiny, path, Damage("x", "x", rows_of(0.5, "ffn_down", zeroed)))
+    path = tmp_path / "faulty.gguf"
+    faulty_copy(tiny, path, Fault("x", "x", rows_of(0.5, "ffn_down", zeroed)))
     before, after = gguf.GGUFReader(tiny), gguf.GGUFReader(path)
     assert list(before.fields) == list(after.fields)
     for old, new in zip(before.tensors, after.tensors, strict=True):
@@ -88,7 +88,7 @@ def test_only_what_is_damaged_differs(tiny: Path, tmp_path: Path) -> None:
 
 def test_settings_are_laid_over_the_good_ones() -> None:
     spec = EngineSpec("llama.cpp", Path("m"), context_tokens=512, kv_cache="q8_0")
-    by_name = {damage.name: damage for damage in DAMAGES}
+    by_name = {fault.name: fault for fault in FAULTS}
     assert by_name["kv-q4_0"].spec(spec).kv_cache == "q4_0"
     assert by_name["context-cut"].spec(spec).context_tokens == 32
     assert by_name["ffn-zeroed"].spec(spec) == spec
@@ -96,5 +96,5 @@ def test_settings_are_laid_over_the_good_ones() -> None:
 
 def test_a_model_without_the_part_is_named(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"no tensor blk\.2\.nothing\.weight"):
-        damaged_copy(tiny, tmp_path / "x.gguf", Damage("x", "x", rows_of(0.5, "nothing", zeroed)))
+        faulty_copy(tiny, tmp_path / "x.gguf", Fault("x", "x", rows_of(0.5, "nothing", zeroed)))
     assert not (tmp_path / "x.gguf").exists()

@@ -1,4 +1,4 @@
-"""Plausible damages of a model: what a golden pack must notice. Each has happened to somebody.
+"""Plausible faults of a model: what a golden pack must notice. Each has happened to somebody.
 
 A converter that mixed up rows, a template of another family, a header with another rope base, scales beyond F16, a torn or stale
 piece of a file, memory that flipped a bit, a KV cache too coarse. A build and a bench mean the same by a name. ``probe`` marks
@@ -7,8 +7,8 @@ those that choose prompts in a build; figures of power must say how many of the 
 
 from __future__ import annotations
 
-from slmops.build.damage import (
-    Damage,
+from slmops.build.faults import (
+    Fault,
     block_at,
     bytes_of,
     count_value,
@@ -62,28 +62,28 @@ NO_PROMPT_TEMPLATE = (
 )
 
 #: the catalogue; the layers of probes are not those of the others of their sort
-DAMAGES: tuple[Damage, ...] = (
+FAULTS: tuple[Fault, ...] = (
     # template and tokenizer: seen in the token ids, before any arithmetic
-    Damage("template-inst", "chat template of another family", settings={"chat_template": INST_TEMPLATE}),
-    Damage(
+    Fault("template-inst", "chat template of another family", settings={"chat_template": INST_TEMPLATE}),
+    Fault(
         "template-no-system",
         "template that drops the system turn",
         settings={"chat_template": NO_SYSTEM_TEMPLATE},
     ),
-    Damage(
+    Fault(
         "template-no-prompt",
         "template without generation prompt",
         settings={"chat_template": NO_PROMPT_TEMPLATE},
     ),
-    Damage(
+    Fault(
         "pre-tokenizer",
         "another pre-tokenizer (digits, spaces)",
         metadata_value(_PRE, lambda _: text_value("llama-bpe")),
     ),
-    Damage("pre-default", "pre-tokenizer lost", metadata_value(_PRE, lambda _: text_value("default"))),
-    Damage("merges-cut", "half of the merges lost", merges_cut),
-    Damage("tokens-shifted", "a third of the vocabulary one row off", tokens_exchanged),
-    Damage(
+    Fault("pre-default", "pre-tokenizer lost", metadata_value(_PRE, lambda _: text_value("default"))),
+    Fault("merges-cut", "half of the merges lost", merges_cut),
+    Fault("tokens-shifted", "a third of the vocabulary one row off", tokens_exchanged),
+    Fault(
         "bos-wrong",
         "another BOS, and added",
         each(
@@ -92,22 +92,22 @@ DAMAGES: tuple[Damage, ...] = (
         ),
     ),
     # header
-    Damage(
+    Fault(
         "rope-base-10x",
         "rope base ten times too large",
         metadata_value(_ROPE_BASE, lambda old: float_value((old or 10000.0) * 10)),
     ),
-    Damage(
+    Fault(
         "rope-base-half",
         "rope base of half the size",
         metadata_value(_ROPE_BASE, lambda old: float_value((old or 10000.0) / 2)),
     ),
-    Damage(
+    Fault(
         "rope-base-low",
         "rope base 1,000",
         metadata_value(_ROPE_BASE, lambda _: float_value(1000.0)),
     ),
-    Damage(
+    Fault(
         "rope-scale",
         "linear rope scaling by 2",
         each(
@@ -115,37 +115,37 @@ DAMAGES: tuple[Damage, ...] = (
             metadata_value("{arch}.rope.scaling.factor", lambda _: float_value(2.0)),
         ),
     ),
-    Damage("norm-eps-large", "norm epsilon 0.1", metadata_value(_EPSILON, lambda _: float_value(0.1))),
-    Damage(
+    Fault("norm-eps-large", "norm epsilon 0.1", metadata_value(_EPSILON, lambda _: float_value(0.1))),
+    Fault(
         "norm-eps",
         "norm epsilon 0.01",
         metadata_value(_EPSILON, lambda _: float_value(0.01)),
     ),
-    Damage(
+    Fault(
         "layer-lost",
         "header with one block less",
         metadata_value("{arch}.block_count", lambda old: count_value(int(old) - 1)),
     ),
     # weights out of place
-    Damage("q-permuted", "rows of one query matrix permuted", rows_of(0.3, "attn_q", permuted)),
-    Damage("k-permuted", "rows of one key matrix permuted", rows_of(0.6, "attn_k", permuted)),
-    Damage(
+    Fault("q-permuted", "rows of one query matrix permuted", rows_of(0.3, "attn_q", permuted)),
+    Fault("k-permuted", "rows of one key matrix permuted", rows_of(0.6, "attn_k", permuted)),
+    Fault(
         "attention-permuted",
         "rows of all attention matrices of a block permuted",
         each(*(rows_of(0.5, part, permuted) for part in ("attn_q", "attn_k", "attn_v", "attn_output"))),
     ),
-    Damage(
+    Fault(
         "rope-order",
         "query and key rows in the other rope convention, one block",
         each(rows_of(0.4, "attn_q", rope_order), rows_of(0.4, "attn_k", rope_order)),
     ),
-    Damage("layers-swapped", "two neighbouring blocks exchanged", exchange(block_at(0.5), block_at(0.5, 1))),
-    Damage(
+    Fault("layers-swapped", "two neighbouring blocks exchanged", exchange(block_at(0.5), block_at(0.5, 1))),
+    Fault(
         "layers-swapped-far",
         "first and last third exchanged at one block",
         exchange(block_at(0.2), block_at(0.8)),
     ),
-    Damage(
+    Fault(
         "gate-up-swapped",
         "gate and up projection of a block exchanged",
         exchange(
@@ -153,7 +153,7 @@ DAMAGES: tuple[Damage, ...] = (
             lambda model: [weight_name(layer_at(model, 0.7), "ffn_up")],
         ),
     ),
-    Damage(
+    Fault(
         "kv-swapped",
         "key and value matrix of a block exchanged",
         exchange(
@@ -162,66 +162,66 @@ DAMAGES: tuple[Damage, ...] = (
         ),
     ),
     # parts lost or wrong
-    Damage("head-zeroed", "values of one head lost", rows_of(0.5, "attn_v", head_scaled(0.0, 1))),
-    Damage(
+    Fault("head-zeroed", "values of one head lost", rows_of(0.5, "attn_v", head_scaled(0.0, 1))),
+    Fault(
         "head-zeroed-late",
         "values of one late head lost",
         rows_of(0.9, "attn_v", head_scaled(0.0, 0)),
         probe=True,
     ),
-    Damage(
+    Fault(
         "head-negated", "one query head with the other sign", rows_of(0.35, "attn_q", head_scaled(-1.0, 2))
     ),
-    Damage("ffn-zeroed", "one feed-forward output lost", rows_of(0.45, "ffn_down", zeroed)),
-    Damage("attention-zeroed", "one attention output lost", rows_of(0.65, "attn_output", zeroed)),
-    Damage(
+    Fault("ffn-zeroed", "one feed-forward output lost", rows_of(0.45, "ffn_down", zeroed)),
+    Fault("attention-zeroed", "one attention output lost", rows_of(0.65, "attn_output", zeroed)),
+    Fault(
         "attention-half",
         "one attention output at half its size",
         rows_of(0.25, "attn_output", scaled(0.5)),
         probe=True,
     ),
-    Damage("norm-ones", "one attention norm never loaded", rows_of(0.5, "attn_norm", ones)),
-    Damage("ffn-half", "one feed-forward output at half its size", rows_of(0.75, "ffn_down", scaled(0.5))),
-    Damage(
+    Fault("norm-ones", "one attention norm never loaded", rows_of(0.5, "attn_norm", ones)),
+    Fault("ffn-half", "one feed-forward output at half its size", rows_of(0.75, "ffn_down", scaled(0.5))),
+    Fault(
         "ffn-noise",
         "one feed-forward output quantised far too coarsely",
         rows_of(0.15, "ffn_down", noisy(0.7)),
         probe=True,
     ),
-    Damage("adapter-lost", "the base without the adapter", lost_adapter=True),
-    Damage(
+    Fault("adapter-lost", "the base without the adapter", lost_adapter=True),
+    Fault(
         "embedding-foreign",
         "a tenth of the embedding from another model",
         embedding(foreign_rows(0.05, 0.15)),
     ),
-    Damage(
+    Fault(
         "embedding-foreign-late",
         "rare tokens' embedding from another model",
         embedding(foreign_rows(0.5, 0.6)),
     ),
-    Damage("embedding-off-by-one", "embedding one row off", embedding(rolled(1))),
+    Fault("embedding-off-by-one", "embedding one row off", embedding(rolled(1))),
     # arithmetic and storage
-    Damage(
+    Fault(
         "scales-saturated", "1 % of a tensor's scales at the end of F16", scales_of(0.5, "ffn_up", saturate)
     ),
-    Damage("scale-infinite", "one scale beyond F16", scales_of(0.4, "ffn_down", infinite)),
-    Damage(
+    Fault("scale-infinite", "one scale beyond F16", scales_of(0.4, "ffn_down", infinite)),
+    Fault(
         "bit-exponent",
         "one bit of one scale's exponent flipped",
         scales_of(0.55, "ffn_gate", flip_bit(14, 1)),
     ),
-    Damage("bit-exponent-attention", "the same in attention", scales_of(0.3, "attn_v", flip_bit(14, 1))),
-    Damage("bits-sign", "the sign of 200 scales flipped", scales_of(0.7, "ffn_up", flip_bit(15, 200))),
-    Damage(
+    Fault("bit-exponent-attention", "the same in attention", scales_of(0.3, "attn_v", flip_bit(14, 1))),
+    Fault("bits-sign", "the sign of 200 scales flipped", scales_of(0.7, "ffn_up", flip_bit(15, 200))),
+    Fault(
         "nibbles-swapped",
         "packed halves in the other order, one tensor",
         bytes_of(0.6, "ffn_down", swap_nibbles),
     ),
-    Damage("pages-torn", "24 pages of a tensor never written", bytes_of(0.35, "ffn_up", torn_pages(24))),
-    Damage("byte-shifted", "a tensor one byte off", bytes_of(0.8, "attn_output", shifted)),
+    Fault("pages-torn", "24 pages of a tensor never written", bytes_of(0.35, "ffn_up", torn_pages(24))),
+    Fault("byte-shifted", "a tensor one byte off", bytes_of(0.8, "attn_output", shifted)),
     # engine
-    Damage("kv-q4_0", "KV cache in q4_0", settings={"kv_cache": "q4_0"}),
-    Damage("context-cut", "context of 32 tokens", settings={"context_tokens": 32}),
+    Fault("kv-q4_0", "KV cache in q4_0", settings={"kv_cache": "q4_0"}),
+    Fault("context-cut", "context of 32 tokens", settings={"context_tokens": 32}),
 )
 
-PROBES = tuple(damage for damage in DAMAGES if damage.probe)
+PROBES = tuple(fault for fault in FAULTS if fault.probe)
