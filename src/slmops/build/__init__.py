@@ -37,14 +37,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slmops.build.directory import Build, describe, diff, load_build
+    from slmops.artifact.build_index import Build
+    from slmops.build.directory import describe, diff, load_build
     from slmops.build.events import Progress, StepEvent
     from slmops.build.run import BuildResult, run_build
 
 __all__ = ["Build", "BuildResult", "Progress", "StepEvent", "describe", "diff", "load_build", "run_build"]
 
 _HOMES = {
-    "Build": "directory",
+    "Build": "slmops.artifact.build_index",
     "BuildResult": "run",
     "Progress": "events",
     "StepEvent": "events",
@@ -59,4 +60,5 @@ def __getattr__(name: str) -> Any:
     """Import on first use: a step's process needs its step, not the YAML reader."""
     if name not in _HOMES:
         raise AttributeError(name)
-    return getattr(importlib.import_module(f"slmops.build.{_HOMES[name]}"), name)
+    home = _HOMES[name]
+    return getattr(importlib.import_module(home if "." in home else f"slmops.build.{home}"), name)

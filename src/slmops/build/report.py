@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slmops.build.directory import Build
+from slmops.artifact.build_index import Build
 from slmops.core.evidence.gates import Verdict
 
 _WHY = {

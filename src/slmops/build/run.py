@@ -10,11 +10,7 @@ from typing import Any
 
 import msgspec
 
-from slmops.artifact.digest import canonical_json, digest_of, sha256_hex
-from slmops.artifact.manifest import Measured, RuntimeNeed
-from slmops.build.cache import Cache, StepResult
-from slmops.build.conversations import Item, read_items
-from slmops.build.directory import (
+from slmops.artifact.build_index import (
     Build,
     BuiltBase,
     BuiltFile,
@@ -23,8 +19,12 @@ from slmops.build.directory import (
     GateFinding,
     StepRecord,
     encode_index,
-    place,
 )
+from slmops.artifact.digest import canonical_json, digest_of, sha256_hex
+from slmops.artifact.manifest import Measured, RuntimeNeed
+from slmops.build.cache import Cache, StepResult
+from slmops.build.conversations import Item, read_items
+from slmops.build.directory import place
 from slmops.build.events import Progress
 from slmops.build.first_steps import BASE
 from slmops.build.graph import SourceFile, Step

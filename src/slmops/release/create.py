@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from slmops.artifact.build_index import Build, BuiltFile, BuiltVariant
 from slmops.artifact.manifest import (
     SCHEMA,
     ArtifactEntry,
@@ -31,7 +32,7 @@ from slmops.artifact.manifest import (
 )
 from slmops.artifact.trust import add_release, load_targets, release_seq_of
 from slmops.core.errors import ConflictError, GateError, UsageError
-from slmops.release.build_index import BuildIndex, BuiltFile, BuiltVariant, read_index
+from slmops.release.build_files import read_index
 from slmops.release.bundle import (
     CHUNK_MAP,
     EVIDENCE,
@@ -130,7 +131,7 @@ def create_release(  # noqa: PLR0913 - each is one thing that a person decides
             version=version,
             release_seq=sequence,
             created=created.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            base=Base(str(index.base["name"]), str(index.base["sha256"]), str(index.base["licence"])),
+            base=Base(index.base.name, index.base.sha256, index.base.licence),
             licence=index.licence,
             variants=made.entries,
             golden_pack=_blob(index.golden_pack),
@@ -160,7 +161,7 @@ def create_release(  # noqa: PLR0913 - each is one thing that a person decides
     return open_bundle(out_dir)
 
 
-def check_gates(index: BuildIndex, waivers: Mapping[str, str]) -> list[Waiver]:
+def check_gates(index: Build, waivers: Mapping[str, str]) -> list[Waiver]:
     """Refuse a build whose gates stop it, and give the waivers that let it through.
 
     Raises:
@@ -220,7 +221,7 @@ def weakened(workspace: Workspace, model: str, pack: GoldenPack) -> str:
     return "; ".join(words)
 
 
-def _make(index: BuildIndex, build_dir: Path) -> _Made:
+def _make(index: Build, build_dir: Path) -> _Made:
     """Variant manifests, and where every file of the bundle comes from; model files get a second name, being read-only."""
 
     def content(file: BuiltFile) -> bytes:

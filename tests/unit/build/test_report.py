@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 import pytest
 from tests.support.build_directory import make_build_directory
 
+from slmops.artifact.build_index import Build
 from slmops.build import load_build
-from slmops.build.directory import Build
 from slmops.build.picture import svg
 from slmops.build.report import explain, plot, points
 
