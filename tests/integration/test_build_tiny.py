@@ -26,7 +26,7 @@ from slmops.artifact.digest import digest_of, sha256_hex
 from slmops.artifact.gguf_layout import parse_gguf
 from slmops.artifact.manifest import GoldenExpectations, GoldenPack, decode
 from slmops.build import BuildResult, StepEvent, describe, diff, load_build, run_build
-from slmops.build.damage_catalogue import PROBES
+from slmops.build.fault_catalogue import PROBES
 from slmops.cli.build.group import build as build_commands
 from slmops.core.errors import (
     BaseModelError,
