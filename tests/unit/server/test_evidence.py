@@ -66,10 +66,19 @@ def test_the_newest_outcome_counts() -> None:
     assert (seen.status, seen.cause) == (DeviceStatus.REVERTED, "operator")
 
 
-def test_a_device_that_could_not_even_go_back_is_a_content_failure() -> None:
-    """Whatever it says of the cause."""
-    seen = observe(OFFERED, DEVICE, [outcome("fallback", cause="environment")])
-    assert (seen.status, seen.cause) == (DeviceStatus.FAILED, "content")
+@pytest.mark.parametrize("cause", ["content", "environment"])
+def test_a_device_that_could_not_even_go_back_failed_by_the_cause_that_it_names(cause: str) -> None:
+    """A damaged disk is not held against the release; a bad release is, though the revert failed for another reason."""
+    seen = observe(OFFERED, DEVICE, [outcome("fallback", cause=cause)])
+    assert (seen.status, seen.cause) == (DeviceStatus.FAILED, cause)
+
+
+def test_a_device_that_repaired_what_it_runs_counts_as_committed_again() -> None:
+    """Lost by damage on its disk, then whole: the newest word holds."""
+    seen = observe(
+        OFFERED, replace(DEVICE, running=MINE), [outcome("fallback", cause="environment"), outcome()]
+    )
+    assert (seen.status, seen.running_matches) == (DeviceStatus.COMMITTED, True)
 
 
 def test_a_device_without_a_variant_stays_refused() -> None:
