@@ -347,10 +347,10 @@ class Actions:
                 attempt += 1
                 wait = min(pause_s(attempt, self._chance), _LONGEST_REPAIR_PAUSE_S)
                 log.warning("the committed release is not repaired: %s", error)
-                if state.phase is not Phase.SAFE_FALLBACK:
-                    return None  # a candidate is under way: it is what may come up first
                 if self._router.active is None or not self._router.active.engine.alive():
                     await self._stand_in()
+                if state.phase is not Phase.SAFE_FALLBACK:
+                    return None  # a candidate is under way: it is what may come up first
                 await asyncio.sleep(wait)
             else:
                 log.info("the committed release is whole and serves again")
