@@ -15,9 +15,10 @@ from slmops.agent.golden import load_pack, run_probation_packs
 from slmops.agent.identity import DeviceConfig
 from slmops.agent.loop.driver import Driver
 from slmops.agent.loop.fetching import DISK_MARGIN_BYTES, SLOTS, Fetching
+from slmops.agent.loop.repairs import Repairs, why_lost
 from slmops.agent.ports import Clock, ControlPlane
 from slmops.agent.release_source import ReleaseSource, ResolvedRelease
-from slmops.agent.retry import pause_s, until_reached
+from slmops.agent.retry import until_reached
 from slmops.agent.serving import Backend, EngineKeeper, Router, fit_serving, require_whole
 from slmops.agent.store.artifacts import ArtifactStore, Assembly
 from slmops.agent.store.files import sync_folder, write_atomic
@@ -33,7 +34,6 @@ from slmops.agent.store.slots import (
 )
 from slmops.core.device.fit import Fit, fit
 from slmops.core.device.machine import (
-    BEFORE_ACTIVATION,
     IN_TRIAL,
     Activated,
     Admitted,
@@ -42,10 +42,8 @@ from slmops.core.device.machine import (
     Failed,
     Failure,
     Fetched,
-    Phase,
     Proved,
     Refused,
-    Repaired,
     Restored,
     SlotName,
     Unserved,
@@ -61,7 +59,6 @@ log = logging.getLogger("slmops.agent")
 #: tokens of the short bench that a candidate gets in probation
 _BENCH_PROMPT_TOKENS, _BENCH_DECODE_TOKENS = 64, 24
 _REVERT_ATTEMPTS = 3
-_LONGEST_REPAIR_PAUSE_S = 60.0
 
 
 class Actions:
@@ -89,7 +86,17 @@ class Actions:
         self.driver: Driver
         self._fetching = Fetching(layout, store, server, keeper, chance)
         keeper.on_death = lambda name: self._died[name].set()
-        keeper.on_damage = self._on_damage
+        self._repairs = Repairs(
+            layout,
+            source,
+            self._fetching,
+            keeper,
+            router,
+            chance,
+            journal=lambda: self.driver.journal,
+            bring_up=self._bring_up,
+            feed=self._tell,
+        )
         self._acts = {
             Command.SERVE_COMMITTED: self._serve_committed,
             Command.CHECK_ADMISSION: self._check_admission,
@@ -100,8 +107,8 @@ class Actions:
             Command.RUN_PROBATION: self._run_probation,
             Command.FINISH_COMMIT: self._finish_commit,
             Command.REVERT: self._revert,
-            Command.SERVE_FALLBACK: self._serve_fallback,
-            Command.REPAIR: self._repair,
+            Command.SERVE_FALLBACK: self._repairs.serve_fallback,
+            Command.REPAIR: self._repairs.repair,
             Command.DISCARD_CANDIDATE: self._discard_candidate,
         }
 
@@ -109,6 +116,9 @@ class Actions:
     def fetched_bytes(self) -> int:
         """Bytes fetched over the network since the start."""
         return self._fetching.fetched_bytes
+
+    async def _tell(self, event: Event) -> None:
+        await self.driver.feed(event)
 
     async def act(self, command: Command) -> Event | None:
         """Perform one command."""
@@ -323,56 +333,8 @@ class Actions:
             await self._router.point_to(await self._start_committed(name))
         except (SlmopsError, OSError) as error:
             log.error("the committed release cannot be served: %s", error)
-            return Unserved(_lost(error))
+            return Unserved(why_lost(error))
         return None
-
-    def _on_damage(self, name: SlotName, error: DigestError) -> None:
-        """The serving engine died and its files are damaged: nothing of it can be started again."""
-        if name == self.driver.state.committed_slot:
-            feeding = self.driver.feed(Unserved(_lost(error)))
-            self._telling = asyncio.get_running_loop().create_task(feeding)
-
-    async def _repair(self) -> Event | None:
-        """Fetch what is damaged of the committed release again and serve it; tried for as long as nothing else is to do."""
-        attempt = 0
-        while True:
-            state = self.driver.state
-            name = state.committed_slot
-            if name is None or state.phase not in BEFORE_ACTIVATION | {Phase.SAFE_FALLBACK}:
-                return None
-            try:
-                await self._fetching.mend(await self._slot_to_mend(name))
-                await self._router.point_to(await self._bring_up(name))
-            except (SlmopsError, OSError) as error:
-                attempt += 1
-                wait = min(pause_s(attempt, self._chance), _LONGEST_REPAIR_PAUSE_S)
-                log.warning("the committed release is not repaired: %s", error)
-                if self._router.active is None or not self._router.active.engine.alive():
-                    await self._stand_in()
-                if state.phase is not Phase.SAFE_FALLBACK:
-                    return None  # a candidate is under way: it is what may come up first
-                await asyncio.sleep(wait)
-            else:
-                log.info("the committed release is whole and serves again")
-                return Repaired()
-
-    async def _slot_to_mend(self, name: SlotName) -> Slot:
-        """The committed slot; a manifest that cannot be read is made anew from what was once assigned."""
-        slot = read_slot(self._layout, name)
-        if slot is not None:
-            return slot
-        state = self.driver.state
-        digest = state.committed.assignment_digest if state.committed is not None else ""
-        for assignment in self.driver.journal.proved:
-            if assignment.assignment_digest == digest:
-                resolved = await self._source.resolve(assignment)
-                slot = resolved.slot()
-                await asyncio.to_thread(write_slot, self._layout, name, slot)
-                return slot
-        raise DigestError(
-            f"slot {name} cannot be read, and nothing tells what was in it",
-            hint="let the control plane assign the release again",
-        )
 
     async def _finish_commit(self) -> Event | None:
         name = self.driver.state.committed_slot
@@ -431,28 +393,6 @@ class Actions:
                 await asyncio.sleep(0.5 * 2**attempt)
         return await self._keeper.start(name)
 
-    async def _serve_fallback(self) -> Event | None:
-        """The committed release is lost: the previous one stands in where it is whole, else requests are told at once."""
-        await self._router.hold()
-        await self._keeper.stop_all()
-        await self._stand_in()
-        return None
-
-    async def _stand_in(self) -> None:
-        state = self.driver.state
-        if state.previous is not None:
-            try:
-                await self._router.point_to(await self._keeper.start(state.candidate_slot))
-            except (SlmopsError, OSError) as error:
-                log.error("the previous release cannot stand in: %s", error)
-            else:
-                log.warning("the previous release stands in for the committed one")
-                return
-        await self._router.give_up(
-            "what this device had proved is damaged or does not start, and there is nothing before it: "
-            "it is being repaired, or waits for a new release"
-        )
-
     async def _discard_candidate(self) -> Event | None:
         state = self.driver.state
         self._resolved = None
@@ -471,10 +411,3 @@ class Actions:
         freed = self._store.collect_garbage({a.sha256 for slot in slots for a in slot.artifacts})
         if freed:
             log.info("%d bytes of old artifacts removed", freed)
-
-
-def _lost(error: SlmopsError | OSError) -> Failure:
-    """Why what was proved cannot be served: never the release's fault, it did serve here."""
-    if isinstance(error, SlmopsError):
-        return Failure("environment", error.code, error.message)
-    return Failure("environment", "device", str(error))
