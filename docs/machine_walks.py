@@ -72,6 +72,8 @@ def device_events() -> list[device.Event]:
         device.Restored(),
         device.Failed(CONTENT),
         device.Failed(ENVIRONMENT),
+        device.Unserved(ENVIRONMENT),
+        device.Repaired(),
         *(device.Booted(pointer) for pointer in (None, "a", "b")),  # type: ignore[arg-type]
     ]
     for generation in (0, NOW - 1, NOW, NOW + 1):
@@ -92,6 +94,13 @@ def canonical(state: device.DeviceState) -> device.DeviceState:
     candidate = state.candidate
     age = NOW - 1 if candidate is not None and candidate.generation < state.generation else NOW
     outcome = state.outcome
+    about = ""  # of an outcome, the machine asks only whether it is about what is committed
+    if outcome is not None and state.committed is not None:
+        about = (
+            outcome.assignment_digest
+            if outcome.assignment_digest == state.committed.assignment_digest
+            else ""
+        )
     return replace(
         state,
         generation=0 if state.generation == 0 else NOW,
@@ -100,7 +109,7 @@ def canonical(state: device.DeviceState) -> device.DeviceState:
         candidate=plain(candidate, 0 if state.generation == 0 else age),
         quarantine=tuple(sorted(state.quarantine)),
         failure=None if state.failure is None else device.Failure(state.failure.cause, "", ""),
-        outcome=None if outcome is None else device.Outcome("", "", 0, outcome.status),
+        outcome=None if outcome is None else device.Outcome(about, "", 0, outcome.status),
     )
 
 

@@ -143,6 +143,23 @@ def socket_inodes(pid: int) -> set[str]:
     return {link[8:-1] for link in links if link.startswith("socket:[")}
 
 
+def test_answers_carry_the_name_that_the_spec_gives(harness: Harness, workdir: Path) -> None:
+    """In the list of models, in whole answers and in every part of a stream; not the file's name."""
+
+    async def main() -> None:
+        spec = replace(harness.spec, model_alias="home-intents")
+        async with opened(spec, workdir) as (_, client):
+            assert (await client.get("/v1/models")).json()["data"][0]["id"] == "home-intents"
+            body = chat_body()
+            assert (await client.post("/v1/chat/completions", json=body)).json()["model"] == "home-intents"
+            lines = await stream_lines(client, body)
+            assert {json.loads(line)["model"] for line in lines[:-1]} == {"home-intents"}
+            plain = {"prompt": "a", "max_tokens": 2}
+            assert (await client.post("/v1/completions", json=plain)).json()["model"] == "home-intents"
+
+    asyncio.run(main())
+
+
 def test_answers_chats_and_reads_back_what_it_loaded(harness: Harness, workdir: Path) -> None:
     """A ready engine answers /health and /v1/models, chats whole and streamed alike, and states its facts."""
 

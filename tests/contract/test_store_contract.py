@@ -132,6 +132,34 @@ def test_orders_only_go_forward(store: SqlStore) -> None:
         assert tx.devices.assigned(C) is None
 
 
+def test_an_outcome_that_comes_again_after_another_is_the_newest(store: SqlStore) -> None:
+    """Committed, lost by damage on the disk, repaired: the last word is the last row, with what was measured once."""
+    golden = GoldenReport(4, 0)
+    proved = OutcomeReport(B, "r-1", 3, "committed", golden=golden, ratios={"decode_tps": 1.1})
+    lost = OutcomeReport(B, "r-1", 3, "fallback", cause="environment", code="trust.digest")
+    repaired = OutcomeReport(B, "r-1", 3, "committed")
+    stayed = OutcomeReport(B, "r-1", 3, "committed", cause="environment", code="device.revert_failed")
+    with store.write() as tx:
+        tx.devices.add(device("pi"))
+        tx.devices.record(
+            [
+                checkin(seq=number, outcome=outcome)
+                for number, outcome in enumerate((proved, lost, lost, repaired), 1)
+            ]
+        )
+    with store.read() as tx:
+        kept = [row.report for row in tx.devices.rollout_outcomes("r-1")]
+        assert [report.status for report in kept] == ["fallback", "committed"]
+        assert (kept[1].golden, kept[1].ratios) == (golden, {"decode_tps": 1.1})
+        found = tx.devices.latest_commit("pi", B)
+        assert found is not None and found.report == kept[1]
+    with store.write() as tx:
+        tx.devices.record([checkin(seq=5, outcome=stayed)])  # it was to go back, and could not
+    with store.read() as tx:
+        newest = tx.devices.rollout_outcomes("r-1")[-1].report
+        assert (newest.status, newest.code, newest.golden) == ("committed", "device.revert_failed", golden)
+
+
 def test_checkins_are_written_in_order_and_an_outcome_only_once(store: SqlStore) -> None:
     """A repeated outcome is the same one; facts change only when they were sent."""
     golden = GoldenReport(1, 0, both=1)

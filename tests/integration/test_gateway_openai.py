@@ -79,6 +79,7 @@ def test_chats_and_says_which_release_answered(client: openai.OpenAI) -> None:
     assert answer.choices[0].message.content
     assert answer.usage is not None and answer.usage.completion_tokens > 0
     assert answer.choices[0].finish_reason in ("stop", "length")
+    assert answer.model == "smol"
     assert raw.headers["X-Slmops-Release"].startswith("smol@1.0.0+")
 
 

@@ -75,13 +75,37 @@ def test_committed_is_lost_only_to_what_was_proved(device_edges: Edges) -> None:
             assert (after.committed, after.committed_slot) == (before.candidate, before.candidate_slot)
             repeated = digest(before.candidate) == digest(before.committed)
             assert after.previous == (None if repeated else before.committed)
-        elif digest(after.committed) == digest(before.committed):
+        elif digest(after.committed) == digest(before.committed) and not stays(edge):
             assert after.committed_slot == before.committed_slot
+        elif stays(edge):
+            # What an order wanted back did not come up: the proved one that it left keeps its slot.
+            assert (after.committed, after.committed_slot) == (before.candidate, before.candidate_slot)
+            assert after.phase is Phase.COMMITTED
         else:
             assert isinstance(edge.event, m.RevertOrdered)
             assert after.committed == before.previous is not None
             assert after.committed_slot == before.candidate_slot
             assert after.phase is Phase.REVERTING
+
+
+def stays(edge: DeviceEdge) -> bool:
+    """An ordered revert that failed."""
+    return (
+        isinstance(edge.event, m.Failed)
+        and edge.before.phase is Phase.REVERTING
+        and edge.before.leaving_proved
+    )
+
+
+def test_only_an_order_leaves_what_was_proved(device_edges: Edges) -> None:
+    """The mark is there exactly while an order takes the device from one proved release to another."""
+    for edge in device_edges:
+        if edge.after.leaving_proved:
+            assert edge.after.phase is Phase.REVERTING
+            assert edge.after.committed is not None
+            assert edge.before.leaving_proved or isinstance(edge.event, m.RevertOrdered)
+        if edge.before.phase is Phase.REVERTING and isinstance(edge.event, m.Failed):
+            assert (edge.after.phase is Phase.SAFE_FALLBACK) != edge.before.leaving_proved
 
 
 def test_candidate_never_goes_to_the_slot_that_serves(device_edges: Edges) -> None:
@@ -92,8 +116,12 @@ def test_candidate_never_goes_to_the_slot_that_serves(device_edges: Edges) -> No
 def test_previous_is_only_claimed_while_its_slot_is_untouched(device_edges: Edges) -> None:
     """Activation writes the candidate over the other slot, so there is nothing to go back to behind ``committed``."""
     for edge in device_edges:
-        if edge.after.phase in m.IN_TRIAL | {Phase.REVERTING, Phase.SAFE_FALLBACK}:
+        if edge.after.phase in m.IN_TRIAL | {Phase.REVERTING}:
             assert edge.after.previous is None
+        if edge.before.phase is Phase.REVERTING and edge.after.phase is not Phase.REVERTING:
+            assert edge.after.previous is None
+        if edge.after.previous is not None and not isinstance(edge.event, m.Proved):
+            assert edge.after.previous == edge.before.previous
 
 
 def test_a_phase_says_whether_there_is_a_candidate(device_edges: Edges) -> None:
@@ -156,6 +184,7 @@ def test_what_serves_is_not_touched_before_activation(device_edges: Edges) -> No
         Command.DISCARD_CANDIDATE,
         Command.REPORT,
     }
+    mending = {Command.SERVE_FALLBACK, Command.REPAIR, Command.FINISH_COMMIT}
     for edge in device_edges:
         if edge.before.phase not in m.BEFORE_ACTIVATION or isinstance(edge.event, m.Booted):
             continue
@@ -163,7 +192,10 @@ def test_what_serves_is_not_touched_before_activation(device_edges: Edges) -> No
             continue
         if isinstance(edge.event, m.RevertOrdered) and edge.after.phase is Phase.REVERTING:
             continue  # an order to leave what was committed, not a consequence of the candidate
-        assert set(edge.commands) <= quiet
+        if Phase.SAFE_FALLBACK in (edge.before.resting, edge.after.resting):
+            assert set(edge.commands) <= quiet | mending  # what was proved is lost: nothing of it serves
+        else:
+            assert set(edge.commands) <= quiet
         assert digest(edge.after.committed) == digest(edge.before.committed)
 
 
@@ -174,7 +206,47 @@ def test_a_candidate_withdrawn_before_activation_is_simply_forgotten(device_edge
             assert edge.after.committed == edge.before.committed
             assert edge.after.previous == edge.before.previous
             assert edge.after.quarantine == edge.before.quarantine
-            assert edge.commands == (Command.DISCARD_CANDIDATE, Command.REPORT)
+            lost = edge.before.resting is Phase.SAFE_FALLBACK and edge.before.committed is not None
+            repair = (Command.REPAIR,) if lost else ()
+            assert edge.commands == (Command.DISCARD_CANDIDATE, *repair, Command.REPORT)
+
+
+def test_what_was_proved_and_lost_is_repaired_until_something_else_serves(device_edges: Edges) -> None:
+    """Entering safe_fallback with something committed orders its repair, and so does every start in it."""
+    for edge in device_edges:
+        after = edge.after
+        if after.phase is not Phase.SAFE_FALLBACK or after.committed is None:
+            continue
+        if edge.before.phase is not Phase.SAFE_FALLBACK or isinstance(edge.event, m.Booted):
+            assert Command.REPAIR in edge.commands
+
+
+def test_committed_is_reported_only_of_what_runs(device_edges: Edges) -> None:
+    """From safe_fallback the words "committed" need a proof or a repair, never an offer alone."""
+    for edge in changed(device_edges):
+        ended = edge.after.outcome
+        if (
+            edge.before.phase is Phase.SAFE_FALLBACK
+            and ended is not None
+            and ended is not edge.before.outcome
+        ):
+            assert ended.status != "committed" or isinstance(edge.event, m.Repaired)
+
+
+def test_a_lost_release_is_the_environments_fault(device_edges: Edges) -> None:
+    """Damage on the device quarantines nothing and touches neither slots nor the candidate."""
+    seen = set()
+    for edge in device_edges:
+        if not isinstance(edge.event, m.Unserved):
+            continue
+        before, after = edge.before, edge.after
+        assert (after.committed, after.committed_slot, after.previous, after.candidate, after.quarantine) == (
+            before.committed, before.committed_slot, before.previous, before.candidate, before.quarantine,
+        )  # fmt: skip
+        if after != before:
+            seen.add(before.phase)
+            assert Command.REPAIR in edge.commands
+    assert seen == m.BEFORE_ACTIVATION | {Phase.COMMITTED, Phase.REVERTED}
 
 
 def test_a_withdrawal_older_than_the_offer_is_ignored(device_edges: Edges) -> None:
@@ -217,8 +289,12 @@ def test_only_probation_leads_to_committed(device_edges: Edges) -> None:
     for edge in device_edges:
         entered = edge.after.phase is Phase.COMMITTED and edge.before.phase not in m.RESTING
         if entered and edge.before.resting is not Phase.COMMITTED:
-            assert isinstance(edge.event, m.Proved)
-            assert edge.before.phase is Phase.PROBATION
+            if isinstance(edge.event, m.Repaired):  # what was offered again is what was mended
+                assert digest(edge.before.candidate) == digest(edge.before.committed)
+                assert edge.before.resting is Phase.SAFE_FALLBACK
+            elif not stays(edge):
+                assert isinstance(edge.event, m.Proved)
+                assert edge.before.phase is Phase.PROBATION
 
 
 def test_commands_belong_to_the_phase_that_is_entered(device_edges: Edges) -> None:
@@ -232,11 +308,16 @@ def test_commands_belong_to_the_phase_that_is_entered(device_edges: Edges) -> No
         Command.RUN_PROBATION: Phase.PROBATION,
         Command.FINISH_COMMIT: Phase.COMMITTED,
         Command.REVERT: Phase.REVERTING,
-        Command.SERVE_FALLBACK: Phase.SAFE_FALLBACK,
     }
     for edge in device_edges:
+        after = edge.after
         for command in edge.commands:
-            assert home.get(command, edge.after.phase) is edge.after.phase
+            assert home.get(command, after.phase) is after.phase
+            if command in (Command.REPAIR, Command.SERVE_FALLBACK):
+                lost = after.phase in m.BEFORE_ACTIVATION and after.resting is Phase.SAFE_FALLBACK
+                assert lost or after.phase is Phase.SAFE_FALLBACK
+            if command is Command.REPAIR:
+                assert after.committed is not None
 
 
 def test_every_working_phase_gets_its_command_after_a_start(device_edges: Edges) -> None:
@@ -251,9 +332,9 @@ def test_a_start_serves_what_was_committed(device_edges: Edges) -> None:
     for edge in device_edges:
         if isinstance(edge.event, m.Booted) and edge.after.committed is not None:
             first = edge.commands[0]
-            assert first is (
-                Command.REVERT if edge.after.phase is Phase.REVERTING else Command.SERVE_COMMITTED
-            )
+            lost = Phase.SAFE_FALLBACK in (edge.before.phase, edge.before.resting)
+            allowed = {Command.SERVE_COMMITTED, Command.REPAIR} if lost else {Command.SERVE_COMMITTED}
+            assert first in ({Command.REVERT} if edge.after.phase is Phase.REVERTING else allowed)
 
 
 def test_an_honest_shell_always_comes_to_rest(device_edges: Edges) -> None:
@@ -387,8 +468,74 @@ def test_safe_fallback_proves_its_committed_release_again() -> None:
     )
     offered, commands = m.step(fallen, m.Offered(target("a", 2, 3)))
     assert offered.phase is Phase.ADMISSION
-    assert commands == (Command.CHECK_ADMISSION,)
+    assert commands == (Command.REPAIR, Command.CHECK_ADMISSION)
     assert drive(offered, *UPDATE).phase is Phase.COMMITTED
+
+
+LOST = m.Failure("environment", "trust.digest", "the disk damaged it")
+
+
+def test_a_damaged_release_is_repaired_and_reported_both_times() -> None:
+    """Lost, then whole again: no new rollout is needed, and the previous release stays within reach."""
+    lost, commands = m.step(committed("a", "b"), m.Unserved(LOST))
+    assert (lost.phase, digest(lost.previous)) == (Phase.SAFE_FALLBACK, "a")
+    assert commands == (Command.SERVE_FALLBACK, Command.REPAIR, Command.REPORT)
+    assert lost.outcome == m.Outcome("b", "rollout", 2, "fallback", LOST)
+    whole, commands = m.step(lost, m.Repaired())
+    assert (whole.phase, digest(whole.committed), digest(whole.previous)) == (Phase.COMMITTED, "b", "a")
+    assert commands == (Command.FINISH_COMMIT, Command.REPORT)
+    assert whole.outcome == m.Outcome("b", "rollout", 2, "committed")
+
+
+def test_the_same_release_again_is_committed_only_when_it_is_repaired() -> None:
+    lost = drive(committed("a"), m.Unserved(LOST))
+    offered = drive(lost, m.Offered(replace(target("a", 1, 2), rollout_id="second")))
+    assert (offered.phase, offered.outcome) == (Phase.ADMISSION, None)
+    whole, commands = m.step(offered, m.Repaired())
+    assert (whole.phase, whole.candidate) == (Phase.COMMITTED, None)
+    assert whole.outcome == m.Outcome("a", "second", 2, "committed")
+    assert Command.FINISH_COMMIT in commands
+
+
+def test_a_candidate_that_is_dropped_gives_the_repair_its_turn() -> None:
+    state = drive(committed("a"), m.Unserved(LOST), m.Offered(target("b", 2, 2)))
+    dropped, commands = m.step(state, m.Refused(("too big",)))
+    assert dropped.phase is Phase.SAFE_FALLBACK
+    assert commands == (Command.DISCARD_CANDIDATE, Command.REPAIR, Command.REPORT)
+
+
+def test_a_repair_does_not_hide_how_the_last_candidate_ended() -> None:
+    """The bad release's failure may not have been reported yet when the committed one comes up after all."""
+    fallen = drive(
+        committed("a"), m.Offered(target("b", 2, 2)), *UPDATE[:-1], m.Failed(CONTENT), m.Failed(ENVIRONMENT)
+    )
+    whole = drive(fallen, m.Repaired())
+    assert whole.phase is Phase.COMMITTED
+    assert whole.outcome == fallen.outcome is not None
+
+
+def test_a_revert_to_a_damaged_slot_leaves_the_proved_release_serving() -> None:
+    """Nobody goes to safe_fallback by asking for the release before."""
+    state, commands = m.step(drive(committed("a", "b"), m.RevertOrdered()), m.Failed(LOST))
+    assert (state.phase, digest(state.committed), state.committed_slot) == (Phase.COMMITTED, "b", "b")
+    assert (state.previous, state.quarantine) == (None, ())
+    assert commands == (Command.SERVE_COMMITTED, Command.FINISH_COMMIT, Command.REPORT)
+    assert state.outcome is not None and state.outcome.failure is not None
+    assert (state.outcome.assignment_digest, state.outcome.status) == ("b", "committed")
+    assert (state.outcome.failure.cause, state.outcome.failure.code) == (
+        "environment",
+        "device.revert_failed",
+    )
+
+
+@pytest.mark.parametrize(("generation", "status"), [(0, "refused"), (3, "withdrawn")])
+def test_an_order_at_the_device_refuses_what_is_under_way(generation: int, status: str) -> None:
+    """A refusal settles the device in its rollout; a server that takes its own offer back needs no refusal."""
+    state = drive(committed("a"), m.Offered(target("b", 2, 2)), m.Admitted(), m.RevertOrdered("", generation))
+    assert (state.phase, digest(state.committed)) == (Phase.COMMITTED, "a")
+    assert state.outcome is not None and state.outcome.failure is not None
+    assert (state.outcome.assignment_digest, state.outcome.status) == ("b", status)
+    assert (state.outcome.failure.cause, state.outcome.failure.code) == ("operator", "device.revert_ordered")
 
 
 def test_a_crash_loop_in_probation_reverts() -> None:

@@ -20,6 +20,7 @@ from slmops.runtimes import load, names
 
 #: free disk is reported again only when it moved by this much
 _DISK_STEP_BYTES = 64 << 20
+_FINE_DISK_STEP_BYTES = 1 << 20
 
 
 def read_facts(layout: Layout, config: DeviceConfig, limits: dict[str, str] | None = None) -> Facts:
@@ -28,12 +29,18 @@ def read_facts(layout: Layout, config: DeviceConfig, limits: dict[str, str] | No
         arch=machine_arch(),
         cores=os.cpu_count() or 1,
         ram_limit_bytes=config.ram_limit_bytes or memory_limit_bytes(),
-        disk_free_bytes=free_bytes(layout.root) // _DISK_STEP_BYTES * _DISK_STEP_BYTES,
+        disk_free_bytes=rounded_disk(free_bytes(layout.root)),
         runtimes=installed_runtimes(config.extra_runtime),
         agent_version=metadata.version("slmops"),
         limits=limits or {},
         bench=read_bench(layout),
     )
+
+
+def rounded_disk(free: int) -> int:
+    """Free disk rounded down: coarsely where there is much, finely where each megabyte counts."""
+    step = _DISK_STEP_BYTES if free >= 4 * _DISK_STEP_BYTES else _FINE_DISK_STEP_BYTES
+    return free // step * step if free >= step else free
 
 
 def device_facts(facts: Facts) -> DeviceFacts:

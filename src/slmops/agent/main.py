@@ -32,7 +32,7 @@ from slmops.agent.gateway.app import Gateway
 from slmops.agent.gateway.measures import Measures
 from slmops.agent.identity import SCHEMA, DeviceConfig, load_config, make_key, save_config
 from slmops.agent.loop.actions import Actions
-from slmops.agent.loop.driver import Driver
+from slmops.agent.loop.driver import Driver, next_journal
 from slmops.agent.release_source import ReleaseSource
 from slmops.agent.reporting import Reporter
 from slmops.agent.serving import EngineKeeper, Router
@@ -43,7 +43,7 @@ from slmops.agent.store.layout import Layout
 from slmops.agent.store.slots import read_pointer
 from slmops.agent.transport import HttpControlPlane
 from slmops.core.device.machine import Booted, Command, Phase, RevertOrdered, step
-from slmops.core.errors import BusyError
+from slmops.core.errors import BusyError, NoSpaceError
 from slmops.protocol.messages import SCHEMA as MESSAGE_SCHEMA
 from slmops.protocol.messages import EnrollRequest
 
@@ -193,12 +193,16 @@ class _Agent:
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._order_revert)
         port = self._listener.getsockname()[1]
         run_file = self._layout.root / "run.json"
-        write_atomic(
-            run_file,
-            msgspec.json.encode(
-                {"pid": os.getpid(), "port": port, "url": f"http://{self._config.gateway_host}:{port}/v1"}
-            ),
-        )
+        where = {"pid": os.getpid(), "port": port, "url": f"http://{self._config.gateway_host}:{port}/v1"}
+        try:
+            write_atomic(run_file, msgspec.json.encode(where))
+        except (
+            NoSpaceError,
+            OSError,
+        ) as error:  # it only tells people where to look: a full disk must not stop serving
+            with contextlib.suppress(OSError):
+                run_file.unlink(missing_ok=True)  # the last agent's
+            log.error("run.json could not be written: %s", error)
         log.info("serving on http://%s:%d/v1", self._config.gateway_host, port)
         if self._driver.state.phase is Phase.IDLE:
             log.info("no release yet: requests wait until one is assigned and proved")
@@ -230,28 +234,34 @@ class _Agent:
         state = self._driver.state
         self._measures.phase.clear()
         self._measures.phase.labels(state.phase.value).set(1)
-        return {
+        active = self._router.active
+        described = {
             "device": self._config.device_id,
             "phase": state.phase.value,
             "control_plane": "reachable" if self._reporter.reachable else "unreachable",
         }
+        if active is not None and state.phase is Phase.SAFE_FALLBACK and active.name != state.committed_slot:
+            described["stands_in"] = "the committed release is damaged and being repaired"
+        if self._router.fallback:
+            described["why"] = self._router.fallback
+        return described
 
 
 @contextmanager
 def _exclusive(layout: Layout) -> Iterator[None]:
     """One agent per folder: two would fight over the journal."""
-    with layout.lock.open("a+", encoding="ascii") as lock:
+    with os.fdopen(os.open(layout.lock, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            lock.seek(0)
+            holder = lock.read(32).decode("ascii", "replace").strip() or "?"
             raise BusyError(
-                f"another agent (process {lock.read().strip() or '?'}) runs on {layout.root}",
+                f"another agent (process {holder}) runs on {layout.root}",
                 hint="stop it first, or use another --dir",
             ) from error
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+        # Written over the last one's, in as many bytes: on a full disk there is room for no more.
+        with contextlib.suppress(OSError):
+            os.pwrite(lock.fileno(), f"{os.getpid():<15}\n".encode("ascii"), 0)
         yield
 
 
@@ -274,11 +284,11 @@ def order_revert_offline(layout: Layout) -> str:
     with _exclusive(layout):
         journal = read_journal(layout.journal)
         state, commands = step(journal.state, RevertOrdered())
-        if Command.REVERT not in commands:
+        if state == journal.state:
             return "there is nothing to go back to: no previous release is kept on this device"
-        write_journal(
-            layout.journal, msgspec.structs.replace(journal, state=state, assignment=None, acknowledged=False)
-        )
+        write_journal(layout.journal, next_journal(journal, state, None))
+    if Command.REVERT not in commands:
+        return "noted: the update that was under way is refused; what the device has proved stays"
     return "noted: the agent goes back to the previous release when it starts"
 
 

@@ -22,13 +22,15 @@ from slmops.agent.store.files import write_atomic
 from slmops.agent.store.layout import Layout
 from slmops.artifact.digest import UNREADABLE_JSON
 from slmops.core.device.machine import Offered, RevertOrdered, Target, Withdrawn
-from slmops.core.errors import SlmopsError
+from slmops.core.errors import ConflictError, NoSpaceError, SlmopsError
 from slmops.protocol.messages import SCHEMA, Assignment, CheckinRequest, Facts, OutcomeReport
 
 log = logging.getLogger("slmops.agent")
 
 #: sequence numbers are reserved on disk in blocks, so that a check-in costs no write and none is used twice
 _SEQ_BLOCK = 1000
+#: larger ones are not believed: the numbers must last, and JSON numbers are exact only up to 2**53
+_LARGEST_SEQ = 1 << 52
 #: longest pause between check-ins while the control plane cannot be reached
 _LONGEST_SILENCE_S = 300.0
 #: shortest time between two check-ins, however much happens
@@ -42,18 +44,34 @@ class SequenceNumbers:
         """Go on after the last reserved block."""
         self._path = path
         try:
-            reserved = int(msgspec.json.decode(path.read_bytes(), type=dict[str, int])["seq"])
-        except (FileNotFoundError, KeyError, *UNREADABLE_JSON):
+            reserved = max(msgspec.json.decode(path.read_bytes(), type=dict[str, int])["seq"], 0)
+        except (OSError, KeyError, *UNREADABLE_JSON):
             reserved = 0
         self._next = self._reserved = reserved
 
     def take(self) -> int:
         """The next number."""
         if self._next >= self._reserved:
-            self._reserved = self._next + _SEQ_BLOCK
-            write_atomic(self._path, msgspec.json.encode({"seq": self._reserved}))
+            self._reserve(self._next + _SEQ_BLOCK)
         self._next += 1
         return self._next
+
+    def go_on_after(self, accepted: int) -> bool:
+        """Skip what the control plane has seen already: our file was lost or went back in time. False: nothing to skip."""
+        if not self._next <= accepted <= _LARGEST_SEQ:
+            return False
+        self._next = accepted
+        self._reserve(accepted + _SEQ_BLOCK)
+        return True
+
+    def _reserve(self, up_to: int) -> None:
+        try:
+            write_atomic(self._path, msgspec.json.encode({"seq": up_to}))
+        except NoSpaceError as error:
+            # On a full disk the device still reports; after a restart the control plane tells it where to go on.
+            log.warning("sequence numbers could not be reserved: %s", error)
+            return
+        self._reserved = up_to
 
 
 class Reporter:
@@ -111,7 +129,15 @@ class Reporter:
     async def _once(self) -> float:
         request, facts = await asyncio.to_thread(self._request)
         outcome = self._driver.state.outcome if request.outcome is not None else None
-        response, poll_s = await self._server.checkin(request)
+        try:
+            response, poll_s = await self._server.checkin(request)
+        except ConflictError as error:
+            accepted = error.fields.get("accepted_seq")
+            if not isinstance(accepted, int) or not self._seq.go_on_after(accepted):
+                raise
+            log.warning("check-ins go on after number %d, which the control plane has seen already", accepted)
+            request = msgspec.structs.replace(request, seq=self._seq.take())
+            response, poll_s = await self._server.checkin(request)
         self._sent_facts = facts
         if outcome is not None:
             await self._driver.acknowledge(outcome)

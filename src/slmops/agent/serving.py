@@ -21,11 +21,11 @@ from slmops.agent.facts import memory_limit_bytes
 from slmops.agent.identity import DeviceConfig
 from slmops.agent.store.artifacts import ArtifactStore
 from slmops.agent.store.layout import Layout
-from slmops.agent.store.slots import Slot, read_slot
+from slmops.agent.store.slots import Slot, SlotArtifact, read_slot
 from slmops.artifact.manifest import Variant, decode
 from slmops.core.device.fit import Serving, memory_needed
 from slmops.core.device.machine import SlotName
-from slmops.core.errors import BusyError, RuntimeLoadError, SlmopsError
+from slmops.core.errors import BusyError, DigestError, RuntimeLoadError, SlmopsError, TrustError
 from slmops.protocol.messages import ServingSettings
 from slmops.runtimes import Capabilities, Engine, EngineLimits, EngineSpec, load
 from slmops.runtimes.connect import engine_client
@@ -41,7 +41,7 @@ _RESTART_PAUSES_S = (0.0, 0.5, 2.0, 5.0, 15.0, 30.0)
 
 @dataclass(eq=False)
 class Backend:
-    """A running engine and what it serves."""
+    """A running engine and what it serves; ``memory_bytes`` is what it needs by the fit's arithmetic."""
 
     name: SlotName
     slot: Slot
@@ -49,6 +49,7 @@ class Backend:
     capabilities: Capabilities
     client: httpx.AsyncClient
     system_prompt: str
+    memory_bytes: int = 0
     in_flight: int = 0
     failed: int = 0
     empty: asyncio.Event = field(default_factory=asyncio.Event)
@@ -178,6 +179,8 @@ class EngineKeeper:
         self.restarts = 0
         #: called with a slot's name when its engine died by itself
         self.on_death: Callable[[SlotName], None] = lambda name: None
+        #: called when it cannot be started again because a file of its slot is damaged
+        self.on_damage: Callable[[SlotName, DigestError], None] = lambda name, error: None
 
     def get(self, name: SlotName) -> Backend | None:
         """The slot's backend if its engine is alive."""
@@ -188,10 +191,35 @@ class EngineKeeper:
         """Every engine that was started and not stopped."""
         return list(self._running.values())
 
+    def uses(self, sha256: str) -> bool:
+        """Whether an engine has this file mapped: it must not be written to then."""
+        return any(
+            backend.engine.alive() and sha256 in (a.sha256 for a in backend.slot.artifacts)
+            for backend in self._running.values()
+        )
+
+    def memory_bytes(self, name: SlotName) -> int:
+        """Memory that a slot's engine needs, by the fit's arithmetic; 0 when that cannot be told (blocking)."""
+        backend = self.get(name)
+        if backend is not None:
+            return backend.memory_bytes or backend.engine.rss_bytes()
+        slot = read_slot(self._layout, name)
+        return self._needs(slot)[0] if slot is not None else 0
+
+    def _needs(self, slot: Slot) -> tuple[int, int]:
+        """Memory needed and size of the weights; zeros when the variant's document is damaged: it serves without."""
+        try:
+            variant = decode(self._store.read_blob(slot.digest_of("variant")), Variant)
+        except TrustError:
+            return 0, 0
+        shape = variant.model_shape()
+        return memory_needed(shape, fit_serving(slot.assignment.serving)).total_bytes, shape.weights_bytes
+
     async def start(self, name: SlotName) -> Backend:
-        """The slot's engine, started if need be and ready to answer.
+        """The slot's engine, started if need be and ready to answer. What it serves from is hashed before.
 
         Raises:
+            DigestError: a file of the slot is damaged.
             RuntimeLoadError: the slot is empty, or the engine refuses its file.
         """
         async with self._starting:
@@ -200,6 +228,7 @@ class EngineKeeper:
             slot = read_slot(self._layout, name)
             if slot is None:
                 raise RuntimeLoadError(f"slot {name} is empty", hint="let the control plane assign a release")
+            await asyncio.to_thread(require_whole, self._store, slot)
             await self._stop_running(name)
             backend = await self._launch(name, slot)
             self._running[name] = backend
@@ -212,6 +241,11 @@ class EngineKeeper:
                 f"slot {name} has no serving settings", hint="let the control plane assign the release again"
             )
         runtime = load(slot.runtime)
+        memory, weights = await asyncio.to_thread(self._needs, slot)
+        # The copy in this CPU's fastest order costs up to the weights' size in private memory, which the fit does not
+        # count: it is made only where two engines with their copies fit.
+        room = self._config.ram_limit_bytes or memory_limit_bytes()
+        repack = memory > 0 and 2 * (memory + weights) <= room
         spec = EngineSpec(
             runtime=runtime.name,
             model_path=self._store.path(slot.digest_of("model")),
@@ -222,7 +256,8 @@ class EngineKeeper:
             batch_tokens=max(serving.micro_batch_tokens, 64),
             ubatch_tokens=serving.micro_batch_tokens,
             embeddings=True,
-            repack=self._has_room_to_repack(slot, serving),
+            repack=repack,
+            model_alias=slot.model_name,
         )
         workdir = self._layout.engines / name
         _empty_folder(workdir)
@@ -234,21 +269,8 @@ class EngineKeeper:
             await engine.stop(grace_s=0.5)
             raise
         client = engine_client(engine.socket_path)
-        return Backend(name, slot, engine, runtime.capabilities, client, self._system_prompt(slot))
-
-    def _has_room_to_repack(self, slot: Slot, serving: ServingSettings) -> bool:
-        """Whether weights may be copied into this CPU's fastest order.
-
-        The copy is faster and costs up to the weights' size in private memory, which the fit does not count: it is made
-        only where two engines with their copies fit.
-        """
-        variant = decode(self._store.read_blob(slot.digest_of("variant")), Variant)
-        shape = variant.model_shape()
-        settings = Serving(
-            serving.context_tokens, serving.kv_cache, serving.parallel, serving.micro_batch_tokens
-        )
-        needed = memory_needed(shape, settings).total_bytes + shape.weights_bytes
-        return 2 * needed <= (self._config.ram_limit_bytes or memory_limit_bytes())
+        prompt = self._system_prompt(slot)
+        return Backend(name, slot, engine, runtime.capabilities, client, prompt, memory)
 
     def _system_prompt(self, slot: Slot) -> str:
         wanted = slot.assignment.serving.system_prompt if slot.assignment.serving else ""
@@ -288,11 +310,42 @@ class EngineKeeper:
                     continue  # a revert was faster
                 try:
                     fresh = await self.start(name)
+                except DigestError as error:
+                    failures += 1
+                    self.on_damage(name, error)
+                    continue
                 except (SlmopsError, OSError):
                     failures += 1
                     continue
                 failures = 0
                 await self._router.point_to(fresh)
+
+
+def fit_serving(serving: ServingSettings | None) -> Serving:
+    """Serving settings as the fit wants them."""
+    if serving is None:
+        return Serving()
+    return Serving(serving.context_tokens, serving.kv_cache, serving.parallel, serving.micro_batch_tokens)
+
+
+def _needed_to_serve(slot: Slot) -> tuple[SlotArtifact, ...]:
+    """The files without which a slot does not answer as its release; the others are fetched again when they are needed."""
+    return tuple(a for a in slot.artifacts if a.role.split(":", 1)[0] in ("model", "prompt", "adapter"))
+
+
+def require_whole(store: ArtifactStore, slot: Slot) -> None:
+    """Hash again what a slot serves from (blocking; some 0.1 s for each 100 MB).
+
+    Raises:
+        DigestError: names the file that is damaged or gone.
+    """
+    for artifact in _needed_to_serve(slot):
+        if not store.is_whole(artifact.sha256):
+            raise DigestError(
+                f"{artifact.role} of {slot.model_name}@{slot.assignment.version} is damaged on disk: "
+                f"it does not hash to {artifact.sha256[:12]}",
+                hint="it is fetched again by itself as soon as the control plane is reached",
+            )
 
 
 def _empty_folder(folder: Path) -> None:

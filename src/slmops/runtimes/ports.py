@@ -57,6 +57,7 @@ class EngineSpec:
         repack: let the runtime rearrange weights for this CPU. Faster, but costs private memory of the file's
             size.
         chat_template: a template to use in place of the model's own, or None.
+        model_alias: the name that its answers carry; empty for the file's name without its ending.
     """
 
     runtime: str
@@ -71,6 +72,7 @@ class EngineSpec:
     embeddings: bool = False
     repack: bool = True
     chat_template: str | None = None
+    model_alias: str = ""
 
     @property
     def max_requests(self) -> int:
@@ -124,6 +126,7 @@ class Capabilities:
         score: `Engine.score` works.
         embeddings: `EngineSpec.embeddings` works.
         embeddings_with_chat: an engine with embeddings also answers chat.
+        forces_tool_choice: a ``tool_choice`` of "required", or of one function, always gives a tool call.
     """
 
     chat_fields: frozenset[str]
@@ -134,6 +137,7 @@ class Capabilities:
     score: bool
     embeddings: bool
     embeddings_with_chat: bool
+    forces_tool_choice: bool = False
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Faults:
 
 @dataclass
 class FakeControlPlane:
-    """Use as a context; ``url`` is set inside."""
+    """Use as a context; ``url`` is set inside. ``check_seq`` refuses check-ins whose number does not grow, and counts them."""
 
     releases: SignedReleases
     poll_s: float = 0.1
@@ -74,6 +74,12 @@ class FakeControlPlane:
     fetched: Counter[str] = field(default_factory=Counter)
     url: str = ""
     port: int = 0
+    check_seq: bool = False
+    refused_seqs: int = 0
+
+    def __post_init__(self) -> None:
+        """No check-in was accepted yet."""
+        self._accepted_seq = 0
 
     def __enter__(self) -> FakeControlPlane:
         """Listen on a free loopback port (or the one given) in a thread."""
@@ -160,6 +166,19 @@ class FakeControlPlane:
         if self.faults.down:
             return self._problem(503, "transient", "down on purpose")
         message = decode(await request.body(), CheckinRequest)
+        if self.check_seq and message.seq <= self._accepted_seq:
+            self.refused_seqs += 1
+            problem = Problem(
+                "about:blank",
+                "usage.conflict",
+                409,
+                "a replay",
+                "usage.conflict",
+                "",
+                {"accepted_seq": self._accepted_seq},
+            )
+            return self._answer(encode(problem), 409)
+        self._accepted_seq = message.seq
         self.reports.append(message)
         wanted = self.assignment
         if wanted is not None and wanted.generation > message.generation:

@@ -145,7 +145,7 @@ class FakeEngine:
 
     @property
     def _name(self) -> str:
-        return Path(self.spec["model_path"]).stem
+        return self.spec["model_alias"] or Path(self.spec["model_path"]).stem
 
     def _count_request(self, model: FakeModel) -> bool:
         """Count a request, play its fault, tell whether its output is garbage."""

@@ -121,13 +121,79 @@ def test_a_chunk_damaged_on_disk_is_found_before_the_file_gets_its_name(tmp_path
     assert not partial.exists()
 
 
-def test_a_file_damaged_later_is_removed_and_named(tmp_path: Path) -> None:
-    store = _store(tmp_path)
-    store.put_blob(sha256_hex(b"good"), b"good")
-    store.path(sha256_hex(b"good")).write_bytes(b"evil")
-    with pytest.raises(DigestError, match="removed"):
-        store.verify(sha256_hex(b"good"))
-    assert not store.has(sha256_hex(b"good"))
+def test_a_file_damaged_later_is_found_by_its_hash(tmp_path: Path) -> None:
+    store, good = _store(tmp_path), sha256_hex(b"good")
+    assert not store.is_whole(good)
+    store.put_blob(good, b"good")
+    assert store.is_whole(good)
+    store.path(good).write_bytes(b"evil")
+    assert not store.is_whole(good)
+    store.path(good).unlink()
+    with pytest.raises(DigestError, match="not on disk"):
+        store.read_blob(good)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "append"])
+def test_a_damaged_file_gives_up_its_name_and_keeps_its_whole_chunks(
+    tmp_path: Path, in_place: bool, damage: str
+) -> None:
+    """Mended from what is whole in it; what an engine has mapped is not written to."""
+    store, content = _store(tmp_path), _content()
+    chunk_map = make_chunk_map(content, "raw")
+    encoded = encode_chunk_map(chunk_map)
+    map_sha256 = sha256_hex(encoded)
+    store.put_blob(map_sha256, encoded)
+    store.put_blob(chunk_map.artifact_sha256, content)
+    path = store.path(chunk_map.artifact_sha256)
+    with path.open("r+b") as file:
+        if damage == "flip":
+            file.seek(len(content) // 2)
+            file.write(bytes([content[len(content) // 2] ^ 1]))
+        elif damage == "truncate":
+            file.truncate(len(content) // 2)
+        else:
+            file.seek(0, os.SEEK_END)
+            file.write(b"more")
+    damaged = path.read_bytes()
+    with path.open("rb") as mapped:
+        store.salvage(chunk_map, in_place=in_place)
+        assert not store.has(chunk_map.artifact_sha256)
+        if not in_place:
+            assert mapped.read() == damaged
+    local = LocalChunks(store, [(chunk_map.artifact_sha256, map_sha256)])
+    assembly = store.assembly(chunk_map)
+    fetched = 0
+    for index, offset, sha256, size in list(assembly.missing()):
+        piece = local.get(sha256)
+        if piece is None:
+            piece = content[offset : offset + size]
+            fetched += size
+        assembly.write(index, offset, piece)
+    assembly.finish()
+    assert path.read_bytes() == content
+    assert fetched < len(content) and (fetched > 0) == (damage != "append")
+    assert sorted(p.name for p in Layout(tmp_path).artifacts.iterdir()) == sorted([path.name, map_sha256])
+
+
+def test_a_power_cut_while_salvaging_loses_nothing_but_the_name(tmp_path: Path) -> None:
+    """The bitmap comes before the rename: alone it means nothing, and the damaged file is salvaged again."""
+    store, content = _store(tmp_path), _content()
+    chunk_map = make_chunk_map(content, "raw")
+    path = store.path(chunk_map.artifact_sha256)
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    path.with_name(path.name + ".bitmap").write_bytes(b"\x01" * len(chunk_map.chunks))
+    assert store.assembly(chunk_map).missing_bytes == len(content)
+    store.salvage(chunk_map, in_place=True)
+    assert 0 < store.assembly(chunk_map).missing_bytes < len(content)
+
+
+def test_garbage_includes_what_was_put_aside(tmp_path: Path) -> None:
+    store, kept = _store(tmp_path), sha256_hex(b"kept")
+    store.put_blob(kept, b"kept")
+    store.path(kept).with_name(f"{kept}.damaged").write_bytes(b"evil")
+    assert store.collect_garbage({kept}) == len(b"evil")
+    assert store.has(kept)
 
 
 def test_wrong_bytes_are_never_kept(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ from datetime import datetime, timedelta, timezone
 import pytest
 
 from slmops.core.evidence.statistics import PairedCounts
-from slmops.core.rollout.judge import Deadlines, DeviceStatus
+from slmops.core.rollout.judge import Deadlines, DeviceStatus, count
 from slmops.protocol.messages import SCHEMA, Assignment, Facts, GoldenReport, OutcomeReport
 from slmops.server.ports.rows import DeviceRow, MemberRow, OutcomeRow
 from slmops.server.services.checkins import is_pending
-from slmops.server.services.evidence import NO_VARIANT, observe, paired
+from slmops.server.services.evidence import NO_VARIANT, evidence_of, observe, paired
 from slmops.server.services.reverts import needs_order, take_back
 
 NOW = datetime(2026, 11, 8, tzinfo=timezone.utc)
@@ -66,10 +66,32 @@ def test_the_newest_outcome_counts() -> None:
     assert (seen.status, seen.cause) == (DeviceStatus.REVERTED, "operator")
 
 
-def test_a_device_that_could_not_even_go_back_is_a_content_failure() -> None:
-    """Whatever it says of the cause."""
-    seen = observe(OFFERED, DEVICE, [outcome("fallback", cause="environment")])
-    assert (seen.status, seen.cause) == (DeviceStatus.FAILED, "content")
+@pytest.mark.parametrize("cause", ["content", "environment"])
+def test_a_device_that_could_not_even_go_back_failed_by_the_cause_that_it_names(cause: str) -> None:
+    """A damaged disk is not held against the release; a bad release is, though the revert failed for another reason."""
+    seen = observe(OFFERED, DEVICE, [outcome("fallback", cause=cause)])
+    assert (seen.status, seen.cause) == (DeviceStatus.FAILED, cause)
+
+
+def test_a_device_that_repaired_what_it_runs_counts_as_committed_again() -> None:
+    """Lost by damage on its disk, then whole: the newest word holds."""
+    seen = observe(
+        OFFERED, replace(DEVICE, running=MINE), [outcome("fallback", cause="environment"), outcome()]
+    )
+    assert (seen.status, seen.running_matches) == (DeviceStatus.COMMITTED, True)
+
+
+def test_an_order_to_go_back_given_at_the_device_settles_it_in_the_rollout() -> None:
+    """Refused, by its operator: counted and complete, and not held against the release's content."""
+    refused = outcome("refused", cause="operator", code="device.revert_ordered")
+    seen = observe(OFFERED, DEVICE, [refused])
+    counts = count([evidence_of(seen)], Deadlines(), NOW)
+    assert (counts.failed_environment, counts.failed_content, counts.in_flight, counts.not_reached) == (
+        1,
+        0,
+        0,
+        0,
+    )
 
 
 def test_a_device_without_a_variant_stays_refused() -> None:

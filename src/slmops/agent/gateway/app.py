@@ -17,6 +17,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from slmops.agent.gateway.bodies import ClientGone, read_body
 from slmops.agent.gateway.measures import Measures
 from slmops.agent.gateway.openai_errors import JSON, error_body, from_engine, openai_error
 from slmops.agent.gateway.requests import (
@@ -33,6 +34,10 @@ from slmops.core.errors import BusyError, SlmopsError, UsageError
 
 RELEASE_HEADER = "X-Slmops-Release"
 IGNORED_HEADER = "X-Slmops-Ignored"
+#: answers that are given before the whole body was read
+UNREAD = (408, 413)
+#: ignored fields that are named in a header, and how long a name may be there
+MAX_NAMED, MAX_NAME_LENGTH = 16, 40
 #: a request whose engine died before it answered is tried again, this many times
 RETRIES = 3
 
@@ -75,6 +80,10 @@ class Gateway:
                 response = openai_error(
                     refused.status, refused.message, param=refused.param, code=refused.code
                 )
+                if refused.status in UNREAD:
+                    response.headers["Connection"] = "close"  # the rest of the body is not wanted
+            except ClientGone:
+                response = Response(status_code=499)  # nobody reads it; it is the client's failure, not ours
             except BusyError as busy:
                 response = openai_error(
                     503, busy.message, kind="server_error", code="no_model", retry_after_s=5
@@ -156,13 +165,13 @@ class Gateway:
     # ---- generation -------------------------------------------------------------------------------------------------
 
     async def _chat(self, request: Request) -> Response:
-        body = read_json(await request.body())
+        body = read_json(await read_body(request))
         return await self._generate(
             "/v1/chat/completions", body, lambda b: parse_chat(body, b.capabilities, b.system_prompt)
         )
 
     async def _completions(self, request: Request) -> Response:
-        body = read_json(await request.body())
+        body = read_json(await read_body(request))
         return await self._generate("/v1/completions", body, lambda b: parse_completion(body, b.capabilities))
 
     async def _generate(self, path: str, body: dict[str, Any], prepare: Prepare) -> Response:
@@ -203,7 +212,7 @@ class Gateway:
         raise BusyError("unreachable", hint="")
 
     async def _embeddings(self, request: Request) -> Response:
-        body = read_json(await request.body())
+        body = read_json(await read_body(request))
         texts, encoding = parse_embeddings(body)
         async with self._router.borrow() as backend:
             check_model(body, model_names(backend))
@@ -214,7 +223,8 @@ class Gateway:
             if max(sizes) > longest:
                 raise BadRequest(
                     400,
-                    f"an input has {max(sizes)} tokens, this device embeds at most {longest}",
+                    f"an input has {max(sizes)} tokens, this device embeds at most {longest} at once: "
+                    "serving.micro_batch_tokens of its blueprint raises that",
                     param="input",
                     code="context_length_exceeded",
                 )
@@ -306,10 +316,18 @@ def _model_card(backend: Backend) -> dict[str, Any]:
 def _headers(backend: Backend, parsed: Parsed) -> dict[str, str]:
     headers = {RELEASE_HEADER: backend.release}
     if parsed.ignored:
-        headers[IGNORED_HEADER] = ", ".join(
-            name for name in parsed.ignored if name.isascii() and name.isprintable()
-        )
+        headers[IGNORED_HEADER] = ignored_header(parsed.ignored)
     return headers
+
+
+def ignored_header(ignored: tuple[str, ...]) -> str:
+    """Ignored fields in words that fit into a header, whatever a client called them."""
+    shown = [
+        name for name in ignored if name.isascii() and name.isprintable() and len(name) <= MAX_NAME_LENGTH
+    ]
+    named = shown[:MAX_NAMED]
+    more = len(ignored) - len(named)
+    return ", ".join((*named, f"and {more} more") if more else named)
 
 
 def _json(body: dict[str, Any], backend: Backend | None) -> Response:

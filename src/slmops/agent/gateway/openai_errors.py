@@ -47,6 +47,8 @@ def from_engine(status: int, content: bytes) -> tuple[int, bytes]:
         )
     if kind == "exceed_context_size_error":
         return 400, error_body(message, param="messages", code="context_length_exceeded")
+    if status >= 500 and message.startswith("Failed to parse"):
+        status, kind = 400, "invalid_request_error"  # what could not be parsed is what the client sent
     if status < 500:
         return status, error_body(message, kind=kind or "invalid_request_error", code=kind or None)
     return status, error_body(message, kind="server_error", code=kind or "engine_error")

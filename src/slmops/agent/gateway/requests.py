@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from slmops.agent.gateway.fields import wrong_format, wrong_message, wrong_number, wrong_prompt, wrong_shape
 from slmops.artifact.digest import UNREADABLE_JSON
 from slmops.runtimes import Capabilities
 
@@ -63,14 +64,12 @@ class Parsed:
     ignored: tuple[str, ...]
 
 
-def read_json(content: bytes) -> dict[str, Any]:
-    """The request's JSON object.
+def read_json(content: bytes | bytearray) -> dict[str, Any]:
+    """The request's JSON object; its length was limited while it was read.
 
     Raises:
         BadRequest: it is not one.
     """
-    if len(content) > MAX_BODY_BYTES:
-        raise BadRequest(413, f"the request has {len(content)} bytes, {MAX_BODY_BYTES} are allowed")
     try:
         body = msgspec.json.decode(content)
     except UNREADABLE_JSON as error:
@@ -112,6 +111,9 @@ def parse_generation(body: dict[str, Any], fields: frozenset[str]) -> Parsed:
         raise BadRequest(
             400, f"n={body['n']} is not supported, only n=1", param="n", code="unsupported_value"
         )
+    for problem in (wrong_number(body), wrong_shape(body)):
+        if problem is not None:
+            raise BadRequest(400, problem[1], param=problem[0])
     forwarded: dict[str, Any] = {}
     ignored: list[str] = []
     for name, value in body.items():
@@ -137,22 +139,44 @@ def parse_generation(body: dict[str, Any], fields: frozenset[str]) -> Parsed:
 def parse_chat(body: dict[str, Any], capabilities: Capabilities, system_prompt: str) -> Parsed:
     """A chat request, with the release's system prompt where the client sent none."""
     messages = body.get("messages")
-    if (
-        not isinstance(messages, list)
-        or not messages
-        or not all(isinstance(m, dict) and "role" in m for m in messages)
-    ):
+    if not isinstance(messages, list) or not messages:
         raise BadRequest(400, "messages must be a non-empty list of {role, content}", param="messages")
+    for message in messages:
+        if problem := wrong_message(message):
+            raise BadRequest(400, problem, param="messages")
+    if problem := wrong_format(body.get("response_format")):
+        raise BadRequest(400, problem, param="response_format")
+    if "tool_choice" in capabilities.chat_fields:
+        _check_tool_choice(body, capabilities)
     parsed = parse_generation(body, capabilities.chat_fields)
     if system_prompt and not any(m["role"] in ("system", "developer") for m in messages):
         parsed.body["messages"] = [{"role": "system", "content": system_prompt}, *messages]
     return parsed
 
 
+def _check_tool_choice(body: dict[str, Any], capabilities: Capabilities) -> None:
+    choice = body.get("tool_choice")
+    if choice in (None, "none", "auto"):
+        return
+    if choice != "required" and not isinstance(choice, dict):
+        raise BadRequest(
+            400, "tool_choice must be none, auto, required or the name of a function", param="tool_choice"
+        )
+    if not body.get("tools"):
+        raise BadRequest(400, "tool_choice needs tools to choose from", param="tool_choice")
+    if not capabilities.forces_tool_choice:
+        raise BadRequest(
+            400,
+            "this device's runtime cannot force a tool call: use tool_choice auto, or a response_format with a json_schema",
+            param="tool_choice",
+            code="unsupported_value",
+        )
+
+
 def parse_completion(body: dict[str, Any], capabilities: Capabilities) -> Parsed:
     """A plain completion request."""
-    if not isinstance(body.get("prompt"), (str, list)):
-        raise BadRequest(400, "prompt must be a string", param="prompt")
+    if problem := wrong_prompt(body.get("prompt")):
+        raise BadRequest(400, problem, param="prompt")
     return parse_generation(body, capabilities.completion_fields)
 
 

@@ -14,17 +14,27 @@ from slmops.agent.facts import device_facts, profile_of, read_facts
 from slmops.agent.golden import load_pack, run_probation_packs
 from slmops.agent.identity import DeviceConfig
 from slmops.agent.loop.driver import Driver
+from slmops.agent.loop.fetching import DISK_MARGIN_BYTES, SLOTS, Fetching
+from slmops.agent.loop.repairs import Repairs, why_lost
 from slmops.agent.ports import Clock, ControlPlane
 from slmops.agent.release_source import ReleaseSource, ResolvedRelease
 from slmops.agent.retry import until_reached
-from slmops.agent.serving import Backend, EngineKeeper, Router
-from slmops.agent.store.artifacts import ArtifactStore, Assembly, LocalChunks
-from slmops.agent.store.files import free_bytes, sync_folder, write_atomic
+from slmops.agent.serving import Backend, EngineKeeper, Router, fit_serving, require_whole
+from slmops.agent.store.artifacts import ArtifactStore, Assembly
+from slmops.agent.store.files import sync_folder, write_atomic
 from slmops.agent.store.layout import Layout
-from slmops.agent.store.slots import Baseline, Slot, clear_slot, read_slot, write_pointer, write_slot
-from slmops.artifact.manifest import Variant, decode
-from slmops.core.device.fit import Fit, Serving, fit, memory_needed
+from slmops.agent.store.slots import (
+    Baseline,
+    Slot,
+    clear_slot,
+    read_pointer,
+    read_slot,
+    write_pointer,
+    write_slot,
+)
+from slmops.core.device.fit import Fit, fit
 from slmops.core.device.machine import (
+    IN_TRIAL,
     Activated,
     Admitted,
     Command,
@@ -36,17 +46,16 @@ from slmops.core.device.machine import (
     Refused,
     Restored,
     SlotName,
+    Unserved,
     Verified,
     WindowOpened,
 )
-from slmops.core.errors import BugError, HealthCheckError, NoSpaceError, RuntimeLoadError, SlmopsError
-from slmops.protocol.messages import Assignment, Bench, ServingSettings
+from slmops.core.errors import BugError, DigestError, HealthCheckError, NoSpaceError, SlmopsError
+from slmops.protocol.messages import Assignment, Bench
 from slmops.runtimes.bench import bench_engine
 
 log = logging.getLogger("slmops.agent")
 
-#: disk kept free beside the files of a release: journal, slots, logs
-DISK_MARGIN_BYTES = 8 << 20
 #: tokens of the short bench that a candidate gets in probation
 _BENCH_PROMPT_TOKENS, _BENCH_DECODE_TOKENS = 64, 24
 _REVERT_ATTEMPTS = 3
@@ -75,9 +84,19 @@ class Actions:
         self._resolved: ResolvedRelease | None = None
         self._died: dict[SlotName, asyncio.Event] = {"a": asyncio.Event(), "b": asyncio.Event()}
         self.driver: Driver
-        #: bytes fetched over the network since the start
-        self.fetched_bytes = 0
+        self._fetching = Fetching(layout, store, server, keeper, chance)
         keeper.on_death = lambda name: self._died[name].set()
+        self._repairs = Repairs(
+            layout,
+            source,
+            self._fetching,
+            keeper,
+            router,
+            chance,
+            journal=lambda: self.driver.journal,
+            bring_up=self._bring_up,
+            feed=self._tell,
+        )
         self._acts = {
             Command.SERVE_COMMITTED: self._serve_committed,
             Command.CHECK_ADMISSION: self._check_admission,
@@ -88,9 +107,18 @@ class Actions:
             Command.RUN_PROBATION: self._run_probation,
             Command.FINISH_COMMIT: self._finish_commit,
             Command.REVERT: self._revert,
-            Command.SERVE_FALLBACK: self._serve_fallback,
+            Command.SERVE_FALLBACK: self._repairs.serve_fallback,
+            Command.REPAIR: self._repairs.repair,
             Command.DISCARD_CANDIDATE: self._discard_candidate,
         }
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes fetched over the network since the start."""
+        return self._fetching.fetched_bytes
+
+    async def _tell(self, event: Event) -> None:
+        await self.driver.feed(event)
 
     async def act(self, command: Command) -> Event | None:
         """Perform one command."""
@@ -116,6 +144,12 @@ class Actions:
 
     async def _check_admission(self) -> Event:
         resolved = await self._resolve()
+        committed = self._committed_slot()
+        if (
+            committed is not None
+        ):  # its golden pack will be asked for; what is damaged of it is easily had now
+            with contextlib.suppress(SlmopsError, OSError):
+                await self._fetching.mend_documents(committed)
         answer = await asyncio.to_thread(self._fit, resolved)
         return Admitted() if answer.ok else Refused(answer.reasons)
 
@@ -127,7 +161,7 @@ class Actions:
             missing = Assembly(self._layout, resolved.chunk_map).missing_bytes + DISK_MARGIN_BYTES
         return fit(
             resolved.variant.model_shape(),
-            _fit_serving(resolved.assignment.serving),
+            fit_serving(resolved.assignment.serving),
             profile_of(self._config.profile, facts),
             device_facts(facts),
             runtime=resolved.variant.runtime.name,
@@ -137,46 +171,19 @@ class Actions:
         )
 
     def _running_bytes(self) -> int:
-        """Memory that the committed release's engine needs, by the same arithmetic as the candidate's."""
-        slot = self._committed_slot()
-        if slot is None:
-            return 0
-        variant = decode(self._store.read_blob(slot.digest_of("variant")), Variant)
-        return memory_needed(variant.model_shape(), _fit_serving(slot.assignment.serving)).total_bytes
+        """Memory that what serves now needs, by the same arithmetic as the candidate's."""
+        active = self._router.active
+        name = active.name if active is not None else self.driver.state.committed_slot
+        return self._keeper.memory_bytes(name) if name is not None else 0
 
     async def _fetch(self) -> Event:
         resolved = await self._resolve()
-        model = resolved.variant.model_file()
-        if self._store.has(model.sha256):
-            return Fetched()
-        assembly = self._store.assembly(resolved.chunk_map)
-        needed, free = assembly.missing_bytes, free_bytes(self._layout.root)
-        if needed + DISK_MARGIN_BYTES > free:
-            raise NoSpaceError(
-                f"{needed} bytes are missing, {free} are free",
-                hint="free some disk; the device keeps serving what it has",
-            )
-        local = await asyncio.to_thread(LocalChunks, self._store, self._local_files())
         before = self.fetched_bytes
-        for index, offset, sha256, size in list(assembly.missing()):
-            content = await asyncio.to_thread(local.get, sha256)
-            if content is None:
-                content = await self._fetch_chunk(sha256, size)
-            await asyncio.to_thread(assembly.write, index, offset, content)
-        await self.driver.note(fetched_bytes=self.driver.journal.fetched_bytes + self.fetched_bytes - before)
+        await self._fetching.complete(resolved.chunk_map, self._fetching.patiently)
+        moved = self.fetched_bytes - before
+        if moved:
+            await self.driver.note(fetched_bytes=self.driver.journal.fetched_bytes + moved)
         return Fetched()
-
-    async def _fetch_chunk(self, sha256: str, size_bytes: int) -> bytes:
-        content = await until_reached(
-            f"chunk {sha256[:12]}", lambda: self._server.fetch_chunk(sha256, size_bytes), self._chance
-        )
-        self.fetched_bytes += len(content)
-        return content
-
-    def _local_files(self) -> list[tuple[str, str]]:
-        """Whole files on this device whose chunks may be taken."""
-        slots = [slot for name in _SLOTS if (slot := read_slot(self._layout, name)) is not None]
-        return [(a.sha256, a.chunk_map) for slot in slots for a in slot.artifacts if a.chunk_map]
 
     async def _verify(self) -> Event:
         resolved = await self._resolve()
@@ -194,26 +201,28 @@ class Actions:
 
     async def _activate(self) -> Event:
         resolved = await self._resolve()
-        await asyncio.to_thread(self._store.verify, resolved.variant.model_file().sha256)
         name = self.driver.state.candidate_slot
+        active = self._router.active
+        if active is not None and active.name == name:  # the previous release stands in for a lost one
+            await self._router.hold()
+            await self._router.drain(active)
+        if (
+            read_pointer(self._layout.pointer) == name
+        ):  # else a power cut now would look like a flipped pointer
+            await asyncio.to_thread(self._layout.pointer.unlink, missing_ok=True)
         await self._keeper.stop(name)
         await asyncio.to_thread(write_slot, self._layout, name, resolved.slot())
-        await self._bring_up_candidate()
+        await self._bring_up(name)
         await asyncio.to_thread(write_pointer, self._layout.pointer, name)
         return Activated()
 
-    async def _bring_up_candidate(self) -> Backend:
-        """Start the candidate's engine beside the serving one, or in its place when memory holds only one."""
-        name = self.driver.state.candidate_slot
+    async def _bring_up(self, name: SlotName) -> Backend:
+        """Start a slot's engine beside the serving one, or in its place when memory holds only one."""
         running = self._keeper.get(name)
         if running is not None:
             return running
         active = self._router.active
-        if (
-            active is not None
-            and active.name != name
-            and await asyncio.to_thread(self._needs_cold_swap, name)
-        ):
+        if active is not None and active.name != name and await asyncio.to_thread(self._needs_cold_swap):
             log.info("memory holds one engine: requests wait while it is swapped")
             await self._router.hold()
             await self._router.drain(active)
@@ -221,19 +230,13 @@ class Actions:
         self._died[name].clear()
         return await self._keeper.start(name)
 
-    def _needs_cold_swap(self, name: SlotName) -> bool:
-        slot = read_slot(self._layout, name)
-        if slot is None:
-            raise RuntimeLoadError(
-                f"slot {name} is empty", hint="let the control plane assign the release again"
-            )
-        variant = decode(self._store.read_blob(slot.digest_of("variant")), Variant)
-        needed = memory_needed(variant.model_shape(), _fit_serving(slot.assignment.serving)).total_bytes
-        return needed + self._running_bytes() > read_facts(self._layout, self._config).ram_limit_bytes
+    def _needs_cold_swap(self) -> bool:
+        needed = sum(self._keeper.memory_bytes(name) for name in SLOTS)
+        return needed > read_facts(self._layout, self._config).ram_limit_bytes
 
     async def _run_probation(self) -> Event:
         name = self.driver.state.candidate_slot
-        candidate = await self._bring_up_candidate()
+        candidate = await self._bring_up(name)
         failure = await self._prove(candidate)
         if failure is not None:
             return Failed(failure)
@@ -318,26 +321,19 @@ class Actions:
         return read_slot(self._layout, name) if name is not None else None
 
     async def _serve_committed(self) -> Event | None:
-        """At the start: bring up what was proved. If its engine will not start, keep trying beside everything else."""
-        name = self.driver.state.committed_slot
+        """At the start: bring up what was proved, after hashing it. What does not come up is lost until it is repaired."""
+        state = self.driver.state
+        name = state.committed_slot
         if name is None:
             return None
+        if state.phase not in IN_TRIAL and read_pointer(self._layout.pointer) != name:
+            with contextlib.suppress(NoSpaceError):  # damaged, or left behind by a revert that failed
+                await asyncio.to_thread(write_pointer, self._layout.pointer, name)
         try:
-            await self._router.point_to(await self._keeper.start(name))
+            await self._router.point_to(await self._start_committed(name))
         except (SlmopsError, OSError) as error:
-            log.error("the committed release does not start: %s", error)
-            return await self._fall_back_from(name)
-        return None
-
-    async def _fall_back_from(self, name: SlotName) -> Event | None:
-        for attempt in range(_REVERT_ATTEMPTS):
-            await asyncio.sleep(0.5 * 2**attempt)
-            with contextlib.suppress(SlmopsError, OSError):
-                await self._router.point_to(await self._keeper.start(name))
-                return None
-        await self._router.give_up(
-            "the proved release does not start on this device; it is waiting for a new one"
-        )
+            log.error("the committed release cannot be served: %s", error)
+            return Unserved(why_lost(error))
         return None
 
     async def _finish_commit(self) -> Event | None:
@@ -367,10 +363,15 @@ class Actions:
             await asyncio.to_thread(sync_folder, self._layout.root)
             return Restored()
         await asyncio.to_thread(write_pointer, self._layout.pointer, state.committed_slot)
+        if self._keeper.get(state.committed_slot) is None:
+            # Before anything that serves is stopped for it: a damaged slot is nothing to go back to.
+            slot = read_slot(self._layout, state.committed_slot)
+            if slot is not None:
+                await asyncio.to_thread(require_whole, self._store, slot)
         if (
             self._keeper.get(state.committed_slot) is None
             and leaving is not None
-            and await asyncio.to_thread(self._needs_cold_swap, bad)
+            and await asyncio.to_thread(self._needs_cold_swap)
         ):
             await self._router.hold()
             await self._router.drain(leaving)
@@ -385,17 +386,12 @@ class Actions:
         for attempt in range(_REVERT_ATTEMPTS - 1):
             try:
                 return await self._keeper.start(name)
+            except DigestError:
+                raise  # another try reads the same bytes
             except (SlmopsError, OSError) as error:
-                log.error("going back to slot %s failed: %s", name, error)
+                log.error("slot %s does not come up: %s", name, error)
                 await asyncio.sleep(0.5 * 2**attempt)
         return await self._keeper.start(name)
-
-    async def _serve_fallback(self) -> Event | None:
-        await self._router.give_up(
-            "this device could not go back to a proved release; it is waiting for a new one"
-        )
-        await self._keeper.stop_all()
-        return None
 
     async def _discard_candidate(self) -> Event | None:
         state = self.driver.state
@@ -403,22 +399,15 @@ class Actions:
         if state.previous is None and state.committed_slot is not None:
             await asyncio.to_thread(clear_slot, self._layout, state.candidate_slot)
         elif state.committed_slot is None:
-            for name in _SLOTS:
+            for name in SLOTS:
                 await asyncio.to_thread(clear_slot, self._layout, name)
         await asyncio.to_thread(self._collect_garbage)
         return None
 
     def _collect_garbage(self) -> None:
-        slots = [slot for name in _SLOTS if (slot := read_slot(self._layout, name)) is not None]
+        if self.driver.state.committed_slot is not None and self._committed_slot() is None:
+            return  # its manifest is damaged: nobody knows which files are its
+        slots = [slot for name in SLOTS if (slot := read_slot(self._layout, name)) is not None]
         freed = self._store.collect_garbage({a.sha256 for slot in slots for a in slot.artifacts})
         if freed:
             log.info("%d bytes of old artifacts removed", freed)
-
-
-_SLOTS: tuple[SlotName, SlotName] = ("a", "b")
-
-
-def _fit_serving(serving: ServingSettings | None) -> Serving:
-    if serving is None:
-        return Serving()
-    return Serving(serving.context_tokens, serving.kv_cache, serving.parallel, serving.micro_batch_tokens)

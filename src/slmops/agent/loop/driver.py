@@ -40,6 +40,7 @@ CANCELLABLE = frozenset(
         Command.AWAIT_WINDOW,
         Command.ACTIVATE,
         Command.RUN_PROBATION,
+        Command.REPAIR,
     }
 )
 #: phases whose persisting may fail without stopping: going back must go on even on a full disk
@@ -104,7 +105,7 @@ class Driver:
         if after is before and not commands:
             return
         if after != before:
-            journal = _next_journal(self.journal, after, assignment)
+            journal = next_journal(self.journal, after, assignment)
             try:
                 await asyncio.to_thread(write_journal, self._layout.journal, journal)
             except NoSpaceError as error:
@@ -120,7 +121,7 @@ class Driver:
     async def _stay(self, error: NoSpaceError) -> None:
         """A forward step could not be persisted: give the candidate up in memory; the old journal on disk stays valid."""
         failed, commands = step(self.state, Failed(Failure("environment", error.code, error.message)))
-        self.journal = _next_journal(self.journal, failed, None)
+        self.journal = next_journal(self.journal, failed, None)
         await self._enqueue(commands)
 
     async def _enqueue(self, commands: Commands) -> None:
@@ -180,7 +181,7 @@ def failure_of(command: Command, error: SlmopsError) -> Failure:
     return Failure("content" if content else "environment", error.code, error.message)
 
 
-def _next_journal(journal: Journal, state: DeviceState, assignment: Assignment | None) -> Journal:
+def next_journal(journal: Journal, state: DeviceState, assignment: Assignment | None) -> Journal:
     """The journal for a new state: the assignment lives as long as its candidate, its figures until the next one begins."""
     if state.candidate is None:
         kept = None
@@ -193,8 +194,23 @@ def _next_journal(journal: Journal, state: DeviceState, assignment: Assignment |
         or journal.state.candidate.assignment_digest != state.candidate.assignment_digest
     )
     changes: dict[str, object] = {"state": state, "assignment": kept}
-    if fresh_candidate:
-        changes |= {"golden": None, "ratios": {}, "fetched_bytes": 0}
     if state.outcome != journal.state.outcome:
         changes["acknowledged"] = False
+    if fresh_candidate or _about_another(journal.state, state):
+        changes |= {"golden": None, "ratios": {}, "fetched_bytes": 0}
+    known = {
+        a.assignment_digest: a for a in (*journal.proved, journal.assignment, assignment) if a is not None
+    }
+    named = [
+        target.assignment_digest for target in (state.committed, state.previous, state.candidate) if target
+    ]
+    changes["proved"] = tuple(known[digest] for digest in named if digest in known)
     return msgspec.structs.replace(journal, **changes)
+
+
+def _about_another(before: DeviceState, after: DeviceState) -> bool:
+    """The new outcome is not about the release whose figures the journal holds."""
+    if after.outcome is None or after.outcome == before.outcome:
+        return False
+    held = before.candidate or before.outcome
+    return held is None or held.assignment_digest != after.outcome.assignment_digest

@@ -2,7 +2,8 @@
 
 A file under way is ``<sha256>.partial`` with its full size, beside ``<sha256>.bitmap``: one byte per chunk, set *after*
 the chunk's bytes are on disk. After a power cut the set chunks are taken as they are, and the whole file is hashed
-before it gets its name. At most the chunk that was in flight is fetched twice.
+before it gets its name. At most the chunk that was in flight is fetched twice. A file that was damaged under its name loses
+that name and becomes one under way (or, while an engine has it mapped, a ``.damaged`` beside it to take chunks from).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from slmops.agent.store.files import as_device_error, sync_folder, write_atomic
 from slmops.agent.store.layout import Layout
 from slmops.artifact.chunkmap import ChunkMap, decode_chunk_map
 from slmops.artifact.digest import require_digest, sha256_hex
-from slmops.core.errors import DigestError
+from slmops.core.errors import DigestError, TrustError
 
 _READ_BYTES = 1 << 20
 
@@ -40,9 +41,14 @@ class ArtifactStore:
         """A small file's content, hashed again.
 
         Raises:
-            DigestError: it was damaged on disk.
+            DigestError: it was damaged on disk, or is gone.
         """
-        content = self._layout.artifact(sha256).read_bytes()
+        try:
+            content = self._layout.artifact(sha256).read_bytes()
+        except FileNotFoundError as error:
+            raise DigestError(
+                f"artifact {sha256[:12]} is not on disk", hint="it is fetched again by itself"
+            ) from error
         require_digest(content, sha256, f"artifact {sha256[:12]} on disk")
         return content
 
@@ -56,19 +62,39 @@ class ArtifactStore:
         require_digest(content, sha256, f"blob {sha256[:12]}")
         write_atomic(self._layout.artifact(sha256), content, mode=0o600)
 
-    def verify(self, sha256: str) -> None:
-        """Hash a whole file again.
+    def is_whole(self, sha256: str) -> bool:
+        """Hash a whole file again (blocking); False when it is damaged, gone or cannot be read."""
+        try:
+            return _hash_file(self._layout.artifact(sha256)) == sha256
+        except OSError:
+            return False
 
-        Raises:
-            DigestError: it was damaged on disk; it is removed, so that the next attempt fetches it.
+    def salvage(self, chunk_map: ChunkMap, *, in_place: bool) -> None:
+        """Take its name from a damaged file and keep what is whole in it.
+
+        Args:
+            chunk_map: of the file; says which chunks are damaged.
+            in_place: the file itself becomes the one under way, so that a repair needs no room for a second one. Not
+                while an engine has it mapped: then it is put aside, and chunks are taken from there.
         """
-        actual = _hash_file(self._layout.artifact(sha256))
-        if actual != sha256:
-            self._layout.artifact(sha256).unlink(missing_ok=True)
-            raise DigestError(
-                f"artifact on disk hashes to {actual}, expected {sha256}",
-                hint="the disk damaged it; it was removed and will be fetched again",
-            )
+        path = self._layout.artifact(chunk_map.artifact_sha256)
+        partial, bitmap = _partial_paths(path)
+        if not in_place:
+            os.replace(path, _damaged_path(path))
+            sync_folder(path.parent)
+            return
+        done = bytearray()
+        with path.open("r+b") as file:
+            for _, chunk in chunk_map.offsets():
+                done.append(sha256_hex(file.read(chunk.bytes)) == chunk.sha256)
+            file.truncate(chunk_map.artifact_bytes)
+            os.fsync(file.fileno())
+        partial.unlink(missing_ok=True)
+        write_atomic(
+            bitmap, bytes(done), mode=0o600
+        )  # without its file a bitmap means nothing: it may come first
+        os.replace(path, partial)
+        sync_folder(path.parent)
 
     def assembly(self, chunk_map: ChunkMap) -> Assembly:
         """Begin, or go on with, writing a file from chunks."""
@@ -79,7 +105,8 @@ class ArtifactStore:
         wanted = set(keep)
         freed = 0
         for path in self._layout.artifacts.iterdir():
-            if path.name.split(".", 1)[0] in wanted and not path.name.startswith("."):
+            name, _, kind = path.name.partition(".")
+            if name in wanted and kind != "damaged":
                 continue
             freed += path.stat().st_size
             path.unlink(missing_ok=True)
@@ -102,6 +129,15 @@ class Assembly:
         self._partial, self._bitmap = _partial_paths(self._target)
         self._map = chunk_map
         self._done = self._read_bitmap()
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Room that the file under way has taken already for chunks that are not there yet."""
+        try:
+            taken = self._partial.stat().st_blocks * 512
+        except FileNotFoundError:
+            return 0
+        return max(taken - (self._map.artifact_bytes - self.missing_bytes), 0)
 
     def _read_bitmap(self) -> bytearray:
         count = len(self._map.chunks)
@@ -179,6 +215,7 @@ class Assembly:
             )
         os.replace(self._partial, self._target)
         self._bitmap.unlink(missing_ok=True)
+        _damaged_path(self._target).unlink(missing_ok=True)
         sync_folder(self._target.parent)
 
 
@@ -192,26 +229,36 @@ class LocalChunks:
             store: the device's artifacts.
             files: (digest of a whole file, digest of its chunk map).
         """
-        self._places: dict[str, tuple[Path, int, int]] = {}
+        self._places: dict[str, list[tuple[Path, int, int]]] = {}
         for artifact, chunk_map in files:
-            if not (chunk_map and store.has(artifact) and store.has(chunk_map)):
+            path = store.path(artifact)
+            paths = [found for found in (path, _damaged_path(path)) if found.exists()]
+            if not paths:
                 continue
-            for offset, chunk in decode_chunk_map(store.read_blob(chunk_map)).offsets():
-                self._places.setdefault(chunk.sha256, (store.path(artifact), offset, chunk.bytes))
+            try:
+                offsets = list(decode_chunk_map(store.read_blob(chunk_map)).offsets())
+            except TrustError:
+                continue  # damaged on disk: what it tells the places of is fetched instead
+            for offset, chunk in offsets:
+                places = self._places.setdefault(chunk.sha256, [])
+                places += [(found, offset, chunk.bytes) for found in paths]
 
     def get(self, sha256: str) -> bytes | None:
         """A chunk's bytes, hashed again; None when it is not here or was damaged."""
-        place = self._places.get(sha256)
-        if place is None:
-            return None
-        path, offset, size = place
-        try:
-            with path.open("rb") as file:
-                file.seek(offset)
-                content = file.read(size)
-        except OSError:
-            return None
-        return content if sha256_hex(content) == sha256 else None
+        for path, offset, size in self._places.get(sha256, ()):
+            try:
+                with path.open("rb") as file:
+                    file.seek(offset)
+                    content = file.read(size)
+            except OSError:
+                continue
+            if sha256_hex(content) == sha256:
+                return content
+        return None
+
+
+def _damaged_path(target: Path) -> Path:
+    return target.with_name(target.name + ".damaged")
 
 
 def _partial_paths(target: Path) -> tuple[Path, Path]:

@@ -28,6 +28,7 @@ class Journal(msgspec.Struct, frozen=True, omit_defaults=True):
         golden: golden outcome of the last candidate; ``ratios``: its new/old figures.
         fetched_bytes: bytes that the last update moved over the network.
         acknowledged: the server has taken ``state.outcome``.
+        proved: what the releases that the state names were assigned as: a damaged slot is made anew from it.
     """
 
     schema: int
@@ -37,6 +38,7 @@ class Journal(msgspec.Struct, frozen=True, omit_defaults=True):
     ratios: dict[str, float] = {}
     fetched_bytes: int = 0
     acknowledged: bool = False
+    proved: tuple[Assignment, ...] = ()
 
 
 def read_journal(path: Path) -> Journal:

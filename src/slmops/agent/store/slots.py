@@ -5,6 +5,7 @@ A slot is a small manifest: an update that changes only a prompt copies no weigh
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import cast
 
@@ -14,7 +15,7 @@ from slmops.agent.store.files import write_atomic
 from slmops.agent.store.layout import Layout
 from slmops.artifact.digest import UNREADABLE_JSON
 from slmops.core.device.machine import SlotName
-from slmops.core.errors import TrustError
+from slmops.core.errors import NoSpaceError, TrustError
 from slmops.protocol.messages import Assignment
 
 SCHEMA = 1
@@ -95,14 +96,28 @@ def clear_slot(layout: Layout, name: SlotName) -> None:
 
 
 def read_pointer(path: Path) -> SlotName | None:
-    """The activated slot; None before the first activation."""
+    """The activated slot; None before the first activation, and when the file was damaged: the journal says the rest."""
     try:
-        name = path.read_text(encoding="ascii").strip()
-    except FileNotFoundError:
+        name = path.read_bytes().strip()
+    except OSError:
         return None
-    return cast(SlotName, name) if name in ("a", "b") else None
+    return cast(SlotName, name.decode()) if name in (b"a", b"b") else None
 
 
 def write_pointer(path: Path, name: SlotName) -> None:
-    """Flip the pointer, atomically and durably."""
-    write_atomic(path, f"{name}\n".encode("ascii"))
+    """Flip the pointer, atomically and durably.
+
+    Raises:
+        NoSpaceError: the disk is full, and there is no pointer yet.
+    """
+    content = f"{name}\n".encode("ascii")
+    try:
+        write_atomic(path, content)
+    except NoSpaceError:
+        # Going back must be possible on a full disk: one letter is overwritten in one write, which takes no room.
+        if not path.exists() or path.stat().st_size < len(content):
+            raise
+        with path.open("r+b", buffering=0) as file:
+            file.write(content)
+            file.truncate()
+            os.fsync(file.fileno())

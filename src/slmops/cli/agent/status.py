@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 import httpx
 import msgspec
 
-from slmops.agent.identity import load_config
+from slmops.agent.identity import DeviceConfig, load_config
 from slmops.agent.main import running_pid
 from slmops.agent.store.journal import read_journal
 from slmops.agent.store.layout import Layout
@@ -34,13 +35,15 @@ def status(directory: Path, as_json: bool) -> None:
     config = load_config(layout)
     journal = read_journal(layout.journal)
     state = journal.state
-    running = _running(layout)
+    running = _running(layout, config)
+    committed = _slot_summary(layout, state.committed_slot)
     described = {
         "device": config.device_id,
         "profile": config.profile,
         "phase": state.phase.value,
         "slot": state.committed_slot,
-        "committed": _slot_summary(layout, state.committed_slot),
+        "committed": committed,
+        "serves": _serves(running)[0],
         "previous_kept": state.previous is not None,
         "outcome": msgspec.to_builtins(state.outcome),
         "agent": running,
@@ -48,14 +51,27 @@ def status(directory: Path, as_json: bool) -> None:
     if as_json:
         print_json(described)
         return
-    committed = described["committed"]
+    serves, why = _serves(running)
     click.echo(f"{config.device_id} ({config.profile}): {state.phase.value}")
-    click.echo(f"  serves: {committed or 'nothing yet'}")
+    click.echo(f"  serves: {serves or 'nothing'}{f' ({why})' if why else ''}")
+    click.echo(f"  proved: {committed or 'nothing yet'}")
     click.echo(f"  agent:  {'running, ' + str(running.get('url', '')) if running else 'not running'}")
     if state.outcome is not None and state.outcome.failure is not None:
         click.echo(
             f"  last:   {state.outcome.status}: {state.outcome.failure.code}: {state.outcome.failure.detail}"
         )
+
+
+def _serves(running: dict[str, Any]) -> tuple[str, str]:
+    """The release that answers now, and what there is to say about it: by the running agent's word, not by the journal's."""
+    if not running:
+        return "", "the agent does not run"
+    health: dict[str, Any] = running.get("health", {})
+    if not health:
+        return "", "the agent does not answer"
+    if health.get("status") != "ok":
+        return "", str(health.get("why") or f"it is {health.get('phase')}: {health.get('status')}")
+    return str(health.get("release", "")), str(health.get("stands_in", ""))
 
 
 def _slot_summary(layout: Layout, name: SlotName | None) -> str:
@@ -67,15 +83,20 @@ def _slot_summary(layout: Layout, name: SlotName | None) -> str:
     )
 
 
-def _running(layout: Layout) -> dict[str, object]:
+def _running(layout: Layout, config: DeviceConfig) -> dict[str, Any]:
     """Process and health of the running agent; empty when none runs."""
-    if running_pid(layout) is None:
+    pid = running_pid(layout)
+    if pid is None:
         return {}
+    found: dict[str, Any] = {"pid": pid}
     try:
-        found = msgspec.json.decode((layout.root / "run.json").read_bytes(), type=dict[str, object])
-        health = httpx.get(
-            f"{str(found['url']).removesuffix('/v1')}/health", timeout=5.0, trust_env=False
-        ).json()
-    except (OSError, *UNREADABLE_JSON, httpx.HTTPError, KeyError, ValueError):
-        return {"pid": running_pid(layout)}
+        found |= msgspec.json.decode((layout.root / "run.json").read_bytes(), type=dict[str, Any])
+    except (OSError, *UNREADABLE_JSON):  # a full disk, perhaps: the settings name the port as well
+        if config.gateway_port:
+            found["url"] = f"http://{config.gateway_host}:{config.gateway_port}/v1"
+    try:
+        base = str(found["url"]).removesuffix("/v1")
+        health = httpx.get(f"{base}/health", timeout=5.0, trust_env=False).json()
+    except (httpx.HTTPError, KeyError, ValueError):
+        return found
     return {**found, "health": health}

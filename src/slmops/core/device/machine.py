@@ -1,7 +1,7 @@
 """The device machine: how one device goes from the assignment it runs to the one it should run.
 
 Everything that may change a device's state lives in this file, as ``step(state, event) -> (state,
-commands)``. The shell (``agent/loop.py``) persists the new state *before* it acts on the commands, so after a
+commands)``. The shell (``agent/loop``) persists the new state *before* it acts on the commands, so after a
 power cut the journal names work that may have been done already: every command must be safe to repeat.
 
 Theory of operation
@@ -15,6 +15,10 @@ itself with the golden packs of its own and of the committed release. Only then 
 Failures carry a cause: *content* (the release is bad: its digest is quarantined and never tried again) or
 *environment* (disk, network, power: the same release may be offered again).
 
+What was committed may get lost on the device itself (:class:`Unserved`: a damaged disk). It then rests in
+``safe_fallback``, serves the previous release where that is whole, and repairs what it had proved by fetching the
+damaged pieces again (:class:`Repaired`). An offer is taken meanwhile as from any other rest.
+
 After a start (:class:`Booted`) the machine resumes by phase. The one question that it cannot answer from the
 journal is whether the pointer was flipped before the power went; the shell reads the pointer and says so.
 """
@@ -22,11 +26,78 @@ journal is whether the pointer was flipped before the power went; the shell read
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 from typing import Literal
 
+from slmops.core.device.states import (
+    BEFORE_ACTIVATION,
+    IN_TRIAL,
+    RESTING,
+    Activated,
+    Admitted,
+    Booted,
+    Cause,
+    Command,
+    Commands,
+    DeviceState,
+    Event,
+    Failed,
+    Failure,
+    Fetched,
+    Offered,
+    Outcome,
+    Phase,
+    Proved,
+    Refused,
+    Repaired,
+    Restored,
+    RevertOrdered,
+    SlotName,
+    Step,
+    Target,
+    Unserved,
+    Verified,
+    WindowOpened,
+    Withdrawn,
+)
 from slmops.core.errors import BugError
+
+__all__ = [
+    "BEFORE_ACTIVATION",
+    "IN_TRIAL",
+    "MAX_PROBATION_STARTS",
+    "MAX_QUARANTINE",
+    "MAX_STEPS",
+    "RESTING",
+    "TABLE",
+    "Activated",
+    "Admitted",
+    "Booted",
+    "Cause",
+    "Command",
+    "Commands",
+    "DeviceState",
+    "Event",
+    "Failed",
+    "Failure",
+    "Fetched",
+    "Offered",
+    "Outcome",
+    "Phase",
+    "Proved",
+    "Refused",
+    "Repaired",
+    "Restored",
+    "RevertOrdered",
+    "SlotName",
+    "Step",
+    "Target",
+    "Unserved",
+    "Verified",
+    "WindowOpened",
+    "Withdrawn",
+    "step",
+]
 
 #: starts that a candidate gets in probation before it is taken for one that crashes the device
 MAX_PROBATION_STARTS = 3
@@ -34,241 +105,6 @@ MAX_PROBATION_STARTS = 3
 MAX_STEPS = 40
 #: assignment digests that a device remembers as bad
 MAX_QUARANTINE = 64
-
-Cause = Literal["content", "environment", "operator"]
-SlotName = Literal["a", "b"]
-
-
-class Phase(str, Enum):
-    """Where the device is."""
-
-    IDLE = "idle"
-    ADMISSION = "admission"
-    DOWNLOADING = "downloading"
-    VERIFYING = "verifying"
-    STAGED = "staged"
-    ACTIVATING = "activating"
-    PROBATION = "probation"
-    COMMITTED = "committed"
-    REVERTING = "reverting"
-    REVERTED = "reverted"
-    SAFE_FALLBACK = "safe_fallback"
-
-
-RESTING = frozenset({Phase.IDLE, Phase.COMMITTED, Phase.REVERTED, Phase.SAFE_FALLBACK})
-#: phases in which nothing that serves has been touched: a withdrawal simply forgets the candidate
-BEFORE_ACTIVATION = frozenset({Phase.ADMISSION, Phase.DOWNLOADING, Phase.VERIFYING, Phase.STAGED})
-IN_TRIAL = frozenset({Phase.ACTIVATING, Phase.PROBATION})
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What a device runs or should run, by name.
-
-    Attributes:
-        assignment_digest: digest of release, variant, adapters, prompts, serving settings and golden
-            expectations.
-        release_digest: the release's identity.
-        release_seq: signed order of releases.
-        rollout_id: the rollout that offered it; empty when an operator imported it.
-        generation: the server's generation for this device when it was offered.
-    """
-
-    assignment_digest: str
-    release_digest: str
-    release_seq: int
-    rollout_id: str
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why the last candidate did not make it."""
-
-    cause: Cause
-    code: str
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How the last offer ended; reported until the server has acknowledged it."""
-
-    assignment_digest: str
-    rollout_id: str
-    generation: int
-    status: Literal["committed", "reverted", "refused", "failed", "withdrawn", "fallback"]
-    failure: Failure | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceState:
-    """Everything that the machine knows; this, as JSON, is the journal.
-
-    Attributes:
-        phase: where the device is.
-        generation: highest server generation that was acted upon.
-        committed: what the device has proved and serves; ``committed_slot`` is where it lies.
-        previous: what it ran before, kept in the other slot for an offline revert.
-        candidate: what it is moving to; ``candidate_slot`` is where that goes.
-        resting: the phase to fall back to when a candidate is dropped before activation.
-        probation_starts: times the candidate was started in probation.
-        steps: accepted transitions of this update, for :data:`MAX_STEPS`.
-        quarantine: assignment digests that failed by content here.
-        highest_release_seq: the largest ``release_seq`` committed, against downgrades.
-        failure: why the device is reverting.
-        outcome: how the last offer ended.
-    """
-
-    phase: Phase = Phase.IDLE
-    generation: int = 0
-    committed: Target | None = None
-    committed_slot: SlotName | None = None
-    previous: Target | None = None
-    candidate: Target | None = None
-    resting: Phase = Phase.IDLE
-    probation_starts: int = 0
-    steps: int = 0
-    quarantine: tuple[str, ...] = ()
-    highest_release_seq: int = 0
-    failure: Failure | None = None
-    outcome: Outcome | None = None
-
-    @property
-    def candidate_slot(self) -> SlotName:
-        """The slot that the committed release does not occupy."""
-        return "b" if self.committed_slot == "a" else "a"
-
-
-# ---- events ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Offered:
-    """The server assigned something; ``downgrade_granted`` when a signed grant allows a lower release_seq."""
-
-    target: Target
-    downgrade_granted: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Admitted:
-    """The candidate fits."""
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """The candidate does not fit; the reasons carry the numbers."""
-
-    reasons: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """All bytes of the candidate are on disk."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """All files of the candidate were re-hashed."""
-
-
-@dataclass(frozen=True, slots=True)
-class WindowOpened:
-    """The activation window is open and consent is given."""
-
-
-@dataclass(frozen=True, slots=True)
-class Activated:
-    """The candidate's engine is up and the pointer names its slot."""
-
-
-@dataclass(frozen=True, slots=True)
-class Proved:
-    """Probation passed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The current work failed for good (the shell has used up its retries)."""
-
-    failure: Failure
-
-
-@dataclass(frozen=True, slots=True)
-class Restored:
-    """The revert is done: the pointer names the target slot and its engine serves."""
-
-
-@dataclass(frozen=True, slots=True)
-class Withdrawn:
-    """The server stopped offering this candidate."""
-
-    assignment_digest: str
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class RevertOrdered:
-    """The server or an operator at the device wants the previous release back.
-
-    Attributes:
-        assignment_digest: what must be running for the order to apply; empty for "whatever runs".
-        generation: the server's generation; 0 for an order given at the device.
-    """
-
-    assignment_digest: str = ""
-    generation: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Booted:
-    """The agent started; ``pointer`` is the slot that the pointer file names."""
-
-    pointer: SlotName | None
-
-
-Event = (
-    Offered
-    | Admitted
-    | Refused
-    | Fetched
-    | Verified
-    | WindowOpened
-    | Activated
-    | Proved
-    | Failed
-    | Restored
-    | Withdrawn
-    | RevertOrdered
-    | Booted
-)
-
-
-# ---- commands --------------------------------------------------------------------------------------------
-
-
-class Command(str, Enum):
-    """What the shell must do next. All are safe to repeat."""
-
-    SERVE_COMMITTED = "serve_committed"
-    CHECK_ADMISSION = "check_admission"
-    FETCH = "fetch"
-    VERIFY = "verify"
-    AWAIT_WINDOW = "await_window"
-    ACTIVATE = "activate"
-    RUN_PROBATION = "run_probation"
-    FINISH_COMMIT = (
-        "finish_commit"  # route all traffic to the committed slot, stop the old engine, collect garbage
-    )
-    REVERT = "revert"  # pointer and engine back to the committed slot
-    SERVE_FALLBACK = "serve_fallback"  # nothing proved is left: answer "no model" rather than garbage
-    DISCARD_CANDIDATE = "discard_candidate"
-    REPORT = "report"
-
-
-Commands = tuple[Command, ...]
-Step = tuple[DeviceState, Commands]
 
 _ENTER: dict[Phase, Command] = {
     Phase.ADMISSION: Command.CHECK_ADMISSION,
@@ -318,7 +154,15 @@ def _drop(
         quarantine=_quarantine_after(state, failure),
         outcome=_outcome(state, status, failure),
     )
-    return settled, (Command.DISCARD_CANDIDATE, Command.REPORT)
+    return settled, (Command.DISCARD_CANDIDATE, *_repair(settled), Command.REPORT)
+
+
+def _repair(state: DeviceState) -> Commands:
+    """What was proved is lost and can be had again: the repair that a candidate interrupted goes on."""
+    lost = state.phase is Phase.SAFE_FALLBACK or (
+        state.phase in BEFORE_ACTIVATION and state.resting is Phase.SAFE_FALLBACK
+    )
+    return (Command.REPAIR,) if lost and state.committed is not None else ()
 
 
 def _revert(state: DeviceState, failure: Failure) -> Step:
@@ -370,7 +214,7 @@ def _on_offered(state: DeviceState, event: Offered) -> Step:
         )
         return _drop(state, "refused", Failure("environment", "trust.downgrade", detail))
     admitting, commands = _go(state, Phase.ADMISSION)
-    return admitting, (*forget, *commands)
+    return admitting, (*forget, *_repair(admitting), *commands)
 
 
 def _names(assignment_digest: str, target: Target | None) -> bool:
@@ -432,9 +276,35 @@ def _on_proved(state: DeviceState, _: Proved) -> Step:
 
 
 def _on_failed(state: DeviceState, event: Failed) -> Step:
-    if state.phase is Phase.REVERTING:
-        return _fall_back(state, event.failure)
-    return _fail(state, event.failure)
+    if state.phase is not Phase.REVERTING:
+        return _fail(state, event.failure)
+    return _stay(state, event.failure) if state.leaving_proved else _fall_back(state, event.failure)
+
+
+def _stay(state: DeviceState, failure: Failure) -> Step:
+    """What an order wanted back does not come up: the proved release that it was to leave stays."""
+    proved = state.candidate
+    if proved is None:
+        raise BugError("reverting without what is being left")
+    why = Failure(
+        "environment",
+        "device.revert_failed",
+        f"the previous release does not come up, this one stays: {failure.code}: {failure.detail}",
+    )
+    kept = replace(
+        state,
+        phase=Phase.COMMITTED,
+        committed=proved,
+        committed_slot=state.candidate_slot,
+        previous=None,
+        candidate=None,
+        steps=0,
+        probation_starts=0,
+        failure=None,
+        leaving_proved=False,
+        outcome=Outcome(proved.assignment_digest, proved.rollout_id, proved.generation, "committed", why),
+    )
+    return kept, (Command.SERVE_COMMITTED, Command.FINISH_COMMIT, Command.REPORT)
 
 
 def _fall_back(state: DeviceState, failure: Failure) -> Step:
@@ -454,7 +324,7 @@ def _fall_back(state: DeviceState, failure: Failure) -> Step:
         failure=None,
         outcome=_outcome(state, "fallback", failure),
     )
-    return fallen, (Command.SERVE_FALLBACK, Command.REPORT)
+    return fallen, (Command.SERVE_FALLBACK, *_repair(fallen), Command.REPORT)
 
 
 def _on_restored(state: DeviceState, _: Restored) -> Step:
@@ -470,6 +340,7 @@ def _on_restored(state: DeviceState, _: Restored) -> Step:
         probation_starts=0,
         quarantine=quarantine,
         failure=None,
+        leaving_proved=False,
         outcome=_outcome(state, "reverted", failure),
     )
     return settled, (Command.DISCARD_CANDIDATE, Command.REPORT)
@@ -496,7 +367,8 @@ def _on_revert_ordered(state: DeviceState, event: RevertOrdered) -> Step:
     if state.phase not in RESTING and (not named or _names(named, state.candidate)):
         if state.phase in IN_TRIAL:
             return _revert(state, failure)
-        return _drop(state, "withdrawn", failure)
+        # Said at the device, it is the device that refuses; a server that takes its offer back knows that it did.
+        return _drop(state, "withdrawn" if event.generation else "refused", failure)
     if state.phase in IN_TRIAL or (named and not _names(named, state.committed)):
         return state, (Command.REPORT,)  # what was named does not run here
     if state.previous is None or state.committed is None:
@@ -509,12 +381,64 @@ def _on_revert_ordered(state: DeviceState, event: RevertOrdered) -> Step:
         committed_slot=state.candidate_slot,
         previous=None,
         steps=0,
+        leaving_proved=True,
     )
     return _revert(swapped, failure)
 
 
+def _about_committed(
+    state: DeviceState, status: Literal["committed", "fallback"], failure: Failure | None
+) -> Outcome:
+    """What is reported of the committed release; an outcome of another release is not hidden behind it."""
+    target = state.committed
+    if target is None:
+        raise BugError("nothing was committed")
+    if state.outcome is not None and state.outcome.assignment_digest != target.assignment_digest:
+        return state.outcome
+    return Outcome(target.assignment_digest, target.rollout_id, target.generation, status, failure)
+
+
+def _on_unserved(state: DeviceState, event: Unserved) -> Step:
+    if state.committed is None:
+        return state, ()
+    if state.phase in BEFORE_ACTIVATION:
+        if state.resting is Phase.SAFE_FALLBACK:
+            return state, ()
+        lost = replace(state, resting=Phase.SAFE_FALLBACK)
+        return lost, (Command.SERVE_FALLBACK, Command.REPAIR, _ENTER[state.phase])
+    outcome = _about_committed(state, "fallback", replace(event.failure, cause="environment"))
+    lost = replace(state, phase=Phase.SAFE_FALLBACK, outcome=outcome)
+    return lost, (Command.SERVE_FALLBACK, Command.REPAIR, Command.REPORT)
+
+
+def _on_repaired(state: DeviceState, _: Repaired) -> Step:
+    if state.committed is None:
+        return state, ()
+    if state.phase is Phase.SAFE_FALLBACK:
+        whole = replace(state, phase=Phase.COMMITTED, outcome=_about_committed(state, "committed", None))
+        return whole, (Command.FINISH_COMMIT, Command.REPORT)
+    if state.resting is not Phase.SAFE_FALLBACK:
+        return state, ()
+    again = state.candidate
+    if again is None or not _names(again.assignment_digest, state.committed):
+        return replace(state, resting=Phase.COMMITTED), ()
+    # What was offered again meanwhile is what serves again: there is nothing left to try.
+    done = Outcome(again.assignment_digest, again.rollout_id, again.generation, "committed")
+    settled = replace(
+        state,
+        phase=Phase.COMMITTED,
+        committed=again,
+        candidate=None,
+        steps=0,
+        probation_starts=0,
+        outcome=done,
+    )
+    return settled, (Command.FINISH_COMMIT, Command.REPORT)
+
+
 def _on_booted(state: DeviceState, event: Booted) -> Step:
     serve: Commands = (Command.SERVE_COMMITTED,) if state.committed is not None else ()
+    serve = _repair(state) or serve
     if state.phase in (Phase.IDLE, Phase.REVERTED):
         return state, serve
     if state.phase is Phase.COMMITTED:
@@ -552,7 +476,9 @@ TABLE: dict[type[Event], tuple[frozenset[Phase], Callable[..., Step]]] = {
     Failed: (BEFORE_ACTIVATION | IN_TRIAL | {Phase.REVERTING}, _on_failed),
     Restored: (frozenset({Phase.REVERTING}), _on_restored),
     Withdrawn: (BEFORE_ACTIVATION | IN_TRIAL, _on_withdrawn),
-    RevertOrdered: (_EVERY - {Phase.REVERTING, Phase.SAFE_FALLBACK}, _on_revert_ordered),
+    RevertOrdered: (_EVERY - {Phase.REVERTING}, _on_revert_ordered),
+    Unserved: (BEFORE_ACTIVATION | {Phase.COMMITTED, Phase.REVERTED}, _on_unserved),
+    Repaired: (BEFORE_ACTIVATION | {Phase.SAFE_FALLBACK}, _on_repaired),
     Booted: (_EVERY, _on_booted),
 }
 

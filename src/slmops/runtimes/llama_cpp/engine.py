@@ -57,7 +57,7 @@ def start_server(spec: dict[str, Any], socket: Path) -> Any:
 
     params = xl.CommonParams()
     params.model.path = spec["model_path"]
-    params.model_alias = {Path(spec["model_path"]).stem}
+    params.model_alias = {spec["model_alias"] or Path(spec["model_path"]).stem}
     params.hostnames = [str(socket)]
     params.endpoint_slots = False  # would show prompts
     params.endpoint_metrics = True

@@ -57,7 +57,7 @@ class Checkins:
         if report.seq <= known.seq and not repeated:
             raise ConflictError(
                 f"check-in {report.seq} of {known.device_id} is a replay: {known.seq} was accepted already",
-                hint="the device's journal went back in time? enrol it again: slmops agent enroll",
+                hint="the device's counters went back in time? a current agent goes on after accepted_seq by itself",
                 accepted_seq=known.seq,
             )
         order = known.order

@@ -55,7 +55,8 @@ class DeviceTokens:
         if known.retired:
             raise PermissionDeniedError(
                 f"device {known.device_id} is retired",
-                hint="enrol it again: slmops agent enroll",
+                hint="a retired identity does not come back: enrol it as a new device, in an empty folder: "
+                "slmops agent enroll URL TOKEN --dir NEW_DIR",
                 device=known.device_id,
             )
         return known
@@ -83,7 +84,8 @@ class DeviceTokens:
         except jwt.PyJWTError as error:
             raise AuthError(
                 f"the device's token is not valid: {error}",
-                hint="the key changed? enrol again: slmops agent enroll",
+                hint="the key changed? enrol it as a new device, in an empty folder: "
+                "slmops agent enroll URL TOKEN --dir NEW_DIR",
             ) from error
         issued_at, expires_at = float(claims["iat"]), float(claims["exp"])
         if not issued_at - LEEWAY_S <= now_s <= expires_at + LEEWAY_S:

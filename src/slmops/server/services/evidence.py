@@ -61,8 +61,8 @@ def _settled(member: MemberRow, outcome: OutcomeRow) -> MemberRow:
     return replace(
         member,
         status=_STATUS[report.status],
-        # A device that could not even go back was broken by what it was given, whatever it says of the cause.
-        cause="content" if report.status == "fallback" else report.cause,
+        # The device says what broke it first: damage on its own disk is not the release's, even in safe_fallback.
+        cause=report.cause,
         code=report.code,
         detail=report.detail,
         acknowledged_at=member.acknowledged_at or outcome.received_at,

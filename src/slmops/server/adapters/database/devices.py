@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, bindparam, insert, select, update
+import msgspec
+from sqlalchemy import Connection, Row, bindparam, delete, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from slmops.core.errors import ConflictError
@@ -189,6 +190,34 @@ class SqlDevices:
                 self._add_outcome(checkin.device_id, checkin.outcome, checkin.at)
 
     def _add_outcome(self, device_id: str, report: OutcomeReport, at: datetime) -> None:
+        """Keep an outcome as the newest of its offer, unless it is that already.
+
+        A device may end an offer in the same way twice with another end between (committed, lost by damage on its disk,
+        repaired and committed): what it said last has to be the last row.
+        """
+        of_this_offer = (
+            outcomes.c.device_id == device_id,
+            outcomes.c.generation == report.generation,
+            outcomes.c.assignment_digest == report.assignment_digest,
+            outcomes.c.rollout_id == report.rollout_id,
+        )
+        query = select(outcomes).where(*of_this_offer).order_by(outcomes.c.id.desc())
+        known = [_outcome(row) for row in self._connection.execute(query)]
+        newest = known[0].report if known else None
+        if newest and (newest.status, newest.cause, newest.code) == (
+            report.status,
+            report.cause,
+            report.code,
+        ):
+            return
+        earlier = next((row for row in known if row.report.status == report.status), None)
+        if earlier is not None:
+            if report.golden is None:  # measured when it was proved, not when it was repaired
+                proved = earlier.report
+                report = msgspec.structs.replace(report, golden=proved.golden, ratios=proved.ratios)
+            self._connection.execute(
+                delete(outcomes).where(*of_this_offer, outcomes.c.status == report.status)
+            )
         dialect = postgresql if self._connection.dialect.name == "postgresql" else sqlite
         self._connection.execute(
             dialect.insert(outcomes)
