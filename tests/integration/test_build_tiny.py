@@ -339,7 +339,13 @@ def test_evidence_names_its_evaluation_set_and_its_warnings(built: Built) -> Non
             "top_flips_ratio",
         }
     assert describe(built.result.build)["warnings"]
-    assert set(evidence["golden"]["noticed"]) == {damage.name for damage in PROBES}
+    assert evidence["golden"]["noticed"] == {}  # nothing was tried: the default
+
+
+def test_golden_prompts_are_tried_on_faulty_models_when_asked(built: Built, tmp_path: Path) -> None:
+    trying = built.changed_recipe("trying.yaml", evaluation={**SMALL_EVALUATION, "golden_candidates": 12})
+    built.again(tmp_path / "trying", trying)
+    assert set(evidence_of(tmp_path / "trying")["golden"]["noticed"]) == {fault.name for fault in PROBES}
 
 
 def test_build_show_says_what_is_amber_or_red(built: Built, tmp_path: Path) -> None:

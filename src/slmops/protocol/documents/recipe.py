@@ -364,7 +364,7 @@ class Evaluation(Section):
         constrained_items: how many of them are also asked with the answer's schema enforced.
         base_items: how many of them the untouched base answers, for "before" (0: none).
         golden_prompts: prompts in the golden pack; ``golden_max_drop``: share of them that a later release
-            may lose. ``golden_candidates``: how many are tried on damaged models to find those that notice most; as many as
+            may lose. ``golden_candidates``: how many are tried on faulty models to find those that notice most; as many as
             ``golden_prompts``, or fewer: none are tried.
         bench_repeats: repeats of the speed measurement.
         seed: order of the evaluation set.
@@ -377,7 +377,7 @@ class Evaluation(Section):
     base_items: int = Field(default=24, ge=0)
     golden_prompts: int = Field(default=8, ge=1, le=64)
     golden_max_drop: Ratio = Field(default=0.0, ge=0, lt=1)
-    golden_candidates: int = Field(default=12, ge=0, le=256)
+    golden_candidates: int = Field(default=0, ge=0, le=256)
     bench_repeats: int = Field(default=3, ge=1)
     seed: int = 7
     warnings: WarningLights = WarningLights()
