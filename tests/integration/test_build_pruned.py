@@ -12,7 +12,7 @@ from tests.support.tiny_project import make_tiny_project
 from slmops.artifact.gguf_layout import parse_gguf
 from slmops.artifact.manifest import GoldenExpectations, decode
 from slmops.build import BuildResult, describe, load_build, run_build
-from slmops.cli.build.group import print_weight_steps
+from slmops.cli.build.tables import print_weight_steps
 from slmops.core.errors import BaseModelError, DocumentError, UsageError
 
 SHAPE = {"layers": 3, "ffn": 512}

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from tests.support.build_directory import make_build_directory
 from tests.support.tiny_model import make_tiny_gguf
 
-from slmops.cli.build.group import _duration
+from slmops.cli.build.steps import duration
 from slmops.cli.main import root
 from slmops.core.errors import ConflictError, DocumentError, NotFoundError, SlmopsError, UsageError
 from slmops.protocol.documents import load_documents
@@ -126,4 +126,12 @@ def test_a_difference_in_words(here: Path) -> None:
 
 
 def test_durations_for_people() -> None:
-    assert [_duration(s) for s in (4.4, 89, 100, 7200)] == ["4 s", "89 s", "2 min", "2.0 h"]
+    assert [duration(s) for s in (4.4, 89, 100, 7200)] == ["4 s", "89 s", "2 min", "2.0 h"]
+
+
+def test_a_build_directory_that_cannot_be_made_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.touch()
+    with pytest.raises(UsageError, match=r"--out .* may not be written to"):
+        slmops("build", "run", recipe, "--out", tmp_path / "file" / "build")

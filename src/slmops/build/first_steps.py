@@ -21,7 +21,7 @@ from slmops.protocol.documents.recipe import GateSpec, Recipe, Target
 if TYPE_CHECKING:
     from slmops.build.recipe_files import ReadRecipe
 
-#: what ships with slmops: see docs/explanation/defaults.md
+#: what ships with slmops: see docs/howto/build-from-a-few-examples.md
 GENERAL_TEXT = Path(__file__).parent / "texts" / "general.jsonl"
 PLAIN_TEMPLATE = Path(__file__).parent / "texts" / "plain.jinja"
 HF_ROLE = "hf/"

@@ -22,7 +22,8 @@ import click
 import httpx
 
 from slmops.build import describe, load_build, run_build
-from slmops.cli.build.group import print_variants, show_steps
+from slmops.cli.build.steps import show_steps
+from slmops.cli.build.tables import print_variants
 from slmops.cli.demo.load import LoadClient, ask, eval_commands
 from slmops.cli.demo.outcome import print_summary, summary_of, unexpected
 from slmops.cli.demo.processes import Processes, slmops_command, start_on_port, wait_for_run_file
