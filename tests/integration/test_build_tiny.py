@@ -308,6 +308,22 @@ def test_an_impossible_budget_names_what_bounds_it(built: Built, tmp_path: Path)
     assert result.build.variants[0].model.bytes == least
 
 
+def test_an_impossible_budget_is_refused_before_anything_is_measured(built: Built, tmp_path: Path) -> None:
+    """The shapes say it; minutes of measuring would say the same."""
+    asked = [{"profile": "pi5-8gb", "budget": {"artifact_bytes": 30_000}}]
+    begun: list[str] = []
+    with pytest.raises(BudgetError):
+        run_build(
+            built.changed_recipe("early.yaml", targets=asked),
+            tmp_path / "early",
+            cache_dir=tmp_path / "empty",
+            workers=0,
+            progress=lambda event: begun.append(event.step),
+        )
+    assert "possible: pi5-8gb" in begun
+    assert not {"imatrix", "damage 1", "errors"} & set(begun)
+
+
 def test_a_memory_budget_bounds_the_file_too(built: Built, tmp_path: Path) -> None:
     """KV cache, buffers and runtime are taken off before the weights get the rest."""
     asked = [{"profile": "pi5-8gb", "budget": {"artifact_bytes": "1MB", "ram_bytes": "20MB"}}]

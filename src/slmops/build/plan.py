@@ -32,7 +32,14 @@ from slmops.build.measure_plan import (
     speed_step,
 )
 from slmops.build.recipe_files import MEASURE, ReadRecipe
-from slmops.build.search_plan import choose_step, chosen_by, feedback_inputs, gradient_steps, verify_step
+from slmops.build.search_plan import (
+    choose_step,
+    chosen_by,
+    feedback_inputs,
+    gradient_steps,
+    possible_step,
+    verify_step,
+)
 from slmops.build.step_names import (
     ASKED_BASE,
     ASKED_PARENT,
@@ -89,6 +96,8 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
     calibration, held_out = Output(TEXT, "calibration.json"), Output(TEXT, "held-out.json")
     imatrix = Output("imatrix", "imatrix.npz")
     search = read.recipe.search
+    bounded = [target for target in targets if target.budget.artifact_bytes is not None]
+    steps += [possible_step(read, target, reference) for target in bounded]
     steps.append(
         Step("imatrix", "slmops.build.steps.calibrate:imatrix", {"model": reference, "text": calibration})
     )

@@ -73,16 +73,17 @@ def feedback_inputs(read: ReadRecipe) -> dict[str, Output | SourceFile]:
     return inputs
 
 
+def possible_step(read: ReadRecipe, target: Target, reference: Output) -> Step:
+    """The early no to a budget that cannot be met."""
+    run = "slmops.build.steps.choose:possible"
+    return Step(
+        of_target("possible", target), run, {"model": reference}, _space_params(read, target), light=True
+    )
+
+
 def choose_step(read: ReadRecipe, target: Target, reference: Output) -> Step:
     """The choice of types for a target, within its budget."""
-    profile = read.profiles[target.profile]
-    params: dict[str, Any] = {
-        "profile": target.profile,
-        "types": list(read.recipe.search.types),
-        "artifact_bytes": target.budget.artifact_bytes,
-        "ram_bytes": target.budget.ram_bytes or profile.ram_bytes,
-        "serving": serving_of(read.recipe),
-    }
+    params = _space_params(read, target)
     inputs: dict[str, Output | SourceFile] = {"model": reference, "errors": Output("errors")}
     if read.recipe.search.speed is not None:
         params["decode_tps"] = target.budget.decode_tps
@@ -96,6 +97,16 @@ def choose_step(read: ReadRecipe, target: Target, reference: Output) -> Step:
             f"predictions-{part + 1}": Output(f"predictions {part + 1}") for part in range(PREDICTION_PARTS)
         }
     return Step(of_target("choose", target), "slmops.build.steps.choose:choose", inputs, params, light=True)
+
+
+def _space_params(read: ReadRecipe, target: Target) -> dict[str, Any]:
+    return {
+        "profile": target.profile,
+        "types": list(read.recipe.search.types),
+        "artifact_bytes": target.budget.artifact_bytes,
+        "ram_bytes": target.budget.ram_bytes or read.profiles[target.profile].ram_bytes,
+        "serving": serving_of(read.recipe),
+    }
 
 
 def verify_step(read: ReadRecipe, target: Target, choosing: Step, text: Output) -> Step:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,6 +60,28 @@ class Space:
     shape: ModelShape
     header_bytes: int
     sensitivity: Sensitivity
+
+
+def possible(context: StepContext) -> dict[str, Any]:
+    """Refuse a budget that no choice can meet, as soon as the shapes are known: before anything is measured.
+
+    Files in: ``model`` (the F16 reference). Params: as :func:`choose` takes them. Value: ``smallest_bytes``.
+
+    Raises:
+        BudgetError: as :func:`choose` says it.
+    """
+    params = context.params
+    with open_gguf(context.files["model"]) as model:
+        sizes = {
+            t.name: sizes_of(t, [*params["types"], "F16"]) for t in model.layout.tensors if is_quantisable(t)
+        }
+        fixed_bytes = fixed_bytes_of(model)
+        allowed = _allowed_bytes(params, model.layout.shape(), model.layout.tensors_start)
+    least_of = {name: min(row.values()) for name, row in sizes.items()}
+    least_bytes = fixed_bytes + sum(least_of.values())
+    if least_bytes > min(allowed.values()):
+        raise _too_small(params, allowed, least_bytes, fixed_bytes, least_of)
+    return {"smallest_bytes": least_bytes}
 
 
 def choose(context: StepContext) -> dict[str, Any]:
@@ -173,13 +195,10 @@ def space_of(
     def read_each_token(tensor: Tensor) -> bool:
         return not (untied and tensor.name == "token_embd.weight")
 
-    whole_bytes = file_bytes(model, [kept(model, t) for t in model.layout.tensors], DROPPED)
     sizes = {
-        t.name: {
-            name: padded(tensor_bytes(name, t.shape))
-            for name in [*params["types"], "F16"]
-            if fits(name, t) and (name == "F16" or name in sensitivity.losses[t.name])
-        }
+        t.name: sizes_of(
+            t, [name for name in params["types"] if name in sensitivity.losses[t.name]] + ["F16"]
+        )
         for t in tensors
     }
     table = [
@@ -197,7 +216,7 @@ def space_of(
         tuple(t.name for t in tensors),
         table,
         sizes,
-        whole_bytes - sum(padded(t.size_bytes) for t in tensors),
+        fixed_bytes_of(model),
         model.layout.shape(),
         model.layout.tensors_start,
         sensitivity,
@@ -265,6 +284,17 @@ def sensitivity_of(values: Mapping[str, Any], correction: float = CORRECTION) ->
         "measured_groups": len(groups),
     }
     return Sensitivity(losses, groups, undone, report)
+
+
+def sizes_of(tensor: Tensor, types: Sequence[str]) -> dict[str, int]:
+    """Bytes of a tensor, padding included, in each type that its shape allows."""
+    return {name: padded(tensor_bytes(name, tensor.shape)) for name in types if fits(name, tensor)}
+
+
+def fixed_bytes_of(model: GgufFile) -> int:
+    """Bytes of everything in the file that no choice changes: header, vectors."""
+    whole_bytes = file_bytes(model, [kept(model, t) for t in model.layout.tensors], DROPPED)
+    return whole_bytes - sum(padded(t.size_bytes) for t in model.layout.tensors if is_quantisable(t))
 
 
 def kept(model: GgufFile, tensor: Tensor) -> NewTensor:
