@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.artifact.build_index import Build
+from slmops.build.verdicts import MACHINE_METRICS
 from slmops.core.evidence.gates import Verdict
 
 _WHY = {
@@ -130,6 +131,9 @@ def _help(row: Mapping[str, Any], evidence: Mapping[str, Any], shape: Mapping[st
         gate for gate in row["gates"] if gate["verdict"] == Verdict.INCONCLUSIVE.value and gate["needed"]
     ]
     for gate in needed:
+        if gate["gate"] in MACHINE_METRICS:
+            said.append(f"a measurement on a device of the profile would settle gate {gate['gate']}")
+            continue
         unit = "items" if gate["gate"].startswith("task.") else "held-out texts"
         said.append(f"about {gate['needed']} more {unit} would settle gate {gate['gate']}")
     split = evidence.get("split")

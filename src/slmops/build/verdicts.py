@@ -37,6 +37,8 @@ _FIGURES: Mapping[str, tuple[str, bool]] = {
     "task.schema_valid": ("schema_valid_ratio", False),
     "task.schema_valid_constrained": ("schema_valid_constrained_ratio", False),
 }
+#: metrics that only a device of the profile can settle
+MACHINE_METRICS = frozenset(metric for metric, (_, of_machine) in _FIGURES.items() if of_machine)
 #: gate metric to (which answers, which outcome)
 _PAIRED: Mapping[str, tuple[str, str]] = {
     "task.exact_match": ("free", "exact"),

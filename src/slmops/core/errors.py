@@ -7,8 +7,8 @@
     │   ├── DocumentError           a YAML or JSON document, with file, line and column
     │   ├── NotFoundError           http 404
     │   ├── ConflictError           stale generation, name taken (http 409)
-    │   ├── IllegalTransitionError  a state machine was asked for a step that its table does not have (http
-    409) │   ├── BaseModelError          truncated, not a GGUF, wrong architecture
+    │   ├── IllegalTransitionError  a step that a state machine's table does not have (http 409)
+    │   ├── BaseModelError          truncated, not a GGUF, wrong architecture
     │   ├── BudgetError             no quantisation meets the budget; names the tensors that bound it
     │   ├── LeakageError            evaluation items were trained or calibrated on; names the lines
     │   └── VersionMismatchError    the other side speaks another protocol version

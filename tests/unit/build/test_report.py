@@ -96,6 +96,8 @@ def test_what_would_help() -> None:
     assert "about 240 more items would settle gate task.exact_match" in said(unsettled)["help"]
     unsettled["gates"][0]["gate"] = "kld.mean"
     assert "about 240 more held-out texts would settle gate kld.mean" in said(unsettled)["help"]
+    unsettled["gates"][0]["gate"] = "decode_tps"
+    assert "a measurement on a device of the profile would settle gate decode_tps" in said(unsettled)["help"]
     few = said(split={"examples": 12, "held_out": 6})["help"]
     assert "12 were given, so 6 could be held out" in few
     weak = said(reference={"exact_match_ratio": 0.1, "items": 80})["help"]
