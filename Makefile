@@ -32,7 +32,7 @@ test: $(STAMP)   ## all tests
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-train: $(TRAIN_STAMP)  ## the tests that need torch, in an environment of their own
-	$(TRAIN)/bin/python -m pytest -n 2 tests/unit/train tests/integration/test_build_recovered.py $(ARGS)
+	$(TRAIN)/bin/python -m pytest -n 2 tests/unit/train tests/unit/build/test_hf_tokens.py tests/integration/test_build_recovered.py $(ARGS)
 
 check: $(STAMP)  ## ruff, mypy --strict, import-linter, fast tests
 	$(BIN)/ruff check .
