@@ -86,6 +86,11 @@ def test_bytes_and_time_are_told(demo: tuple[dict[str, Any], str]) -> None:
     assert "nothing to do" in demo[1]
 
 
+def test_it_says_how_memory_and_cpu_are_limited_here(demo: tuple[dict[str, Any], str]) -> None:
+    assert "limit: memory_bytes by " in demo[1]
+    assert "limit: cpu_cores by " in demo[1]
+
+
 def test_nothing_is_left_running(demo: tuple[dict[str, Any], str], work: Path) -> None:
     leftovers = []
     for entry in Path("/proc").iterdir():

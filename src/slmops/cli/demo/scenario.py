@@ -265,6 +265,8 @@ class Scenario:
                     name,
                     "--listen",
                     "127.0.0.1:0",
+                    "--cpu-cores",
+                    "1",  # an engine of these devices computes with one thread
                     *labels,
                 ),
                 check=True,
