@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,3 +126,14 @@ def test_leftovers_of_a_crash_are_removed_when_the_folder_is_opened(tmp_path: Pa
     files = [path.name for path in (tmp_path / "chunks").rglob("*") if path.is_file()]
     assert files == [sha256_hex(b"kept")]
     assert b"".join(again.read(sha256_hex(b"kept"))) == b"kept"
+
+
+def test_a_folder_that_somebody_removed_is_made_again(tmp_path: Path) -> None:
+    """Blobs can be sent again; a running server must not need a restart for that."""
+    store = ChunkDirectory(tmp_path / "chunks")
+    shutil.rmtree(tmp_path / "chunks")
+    content = b"again"
+    with store.upload(sha256_hex(content), len(content)) as upload:
+        upload.write(content)
+        upload.commit()
+    assert b"".join(store.read(sha256_hex(content))) == content

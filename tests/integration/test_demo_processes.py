@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 
 import httpx
 import pytest
 
-from slmops.cli.demo.processes import Processes, start_on_port
+from slmops.cli.demo.processes import Processes, slmops_command, start_on_port
+from slmops.cli.demo.scenario import DemoOptions, Scenario
 from slmops.cli.server.run import READY
 from slmops.core.errors import BusyError
 from slmops.release import Workspace, init_keys
@@ -42,3 +45,35 @@ def test_a_server_that_ends_for_another_reason_is_not_tried_again(tmp_path: Path
     log = (tmp_path / "logs" / "server.log").read_text(encoding="utf-8")
     assert log.count("error[") == 1
     processes.running.clear()
+
+
+def test_a_second_demo_in_the_same_folder_is_refused_and_touches_nothing(tmp_path: Path) -> None:
+    """The first one keeps its files; when it has ended, the folder is free."""
+    options = DemoOptions(project=tmp_path, work=tmp_path / "demo", fast=True)
+    first = Scenario(options)
+    kept = tmp_path / "demo" / "run" / "operator-token"
+    kept.write_text("t", encoding="ascii")
+    with pytest.raises(BusyError, match="another demo is running"):
+        Scenario(options)
+    assert kept.read_text(encoding="ascii") == "t"
+    first.close()
+    Scenario(options).close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_demo_that_is_told_to_stop_cleans_up(tmp_path: Path, number: signal.Signals) -> None:
+    """Also when its terminal is closed: it ends by itself, and the folder is free again."""
+    work = tmp_path / "demo"
+    demo = subprocess.Popen(
+        slmops_command("demo", "--fast", "--work", str(work)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert demo.stdout is not None
+    with demo.stdout:
+        for line in demo.stdout:
+            if b"model and task" in line:
+                break
+        demo.send_signal(number)
+        assert demo.wait(60) == 130
+    Scenario(DemoOptions(project=tmp_path, work=work, fast=True)).close()
