@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -318,11 +318,11 @@ def report(
         f"{len(faulty)} faults, {len(benign)} benign variations, {seconds:.0f} s in all, choosing {choosing_s:.0f} s"
     )
 
-    def rate(name: str, which: int | None, without: set[str] = set()) -> float:  # noqa: B006 - never changed
+    def rate(name: str, which: int | None, without: Collection[str] = ()) -> float:
         flags = [f for label, f in found[name].items() if label not in without]
         return share([any(f) if which is None else f[which] for f in flags])
 
-    def at_random(which: int | None, without: set[str] = set()) -> float:  # noqa: B006 - never changed
+    def at_random(which: int | None, without: Collection[str] = ()) -> float:
         rates = [rate(name, which, without) for name in judged if name.startswith("random")]
         return sum(rates) / len(rates)
 

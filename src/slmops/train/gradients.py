@@ -7,36 +7,15 @@ that :mod:`slmops.train.llama` cannot read is no error: the step says so, and th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from slmops.core.errors import BaseModelError
+from slmops.train.step_context import Context
 
 USES = ("slmops.train.fisher", "slmops.train.llama")
 EMBEDDING_INPUT, TOKEN_SHARE = "embedding input", "token share"
-
-
-class Context(Protocol):
-    """What a step is given (``slmops.build.graph.StepContext``)."""
-
-    @property
-    def files(self) -> Mapping[str, Path]:
-        """Input files by name."""
-
-    @property
-    def params(self) -> Mapping[str, Any]:
-        """JSON values."""
-
-    @property
-    def out(self) -> Path:
-        """Where files are left."""
-
-    @property
-    def progress(self) -> Callable[[float | None, str], None]:
-        """Called with a ratio and a note."""
 
 
 def collect(context: Context) -> dict[str, Any]:

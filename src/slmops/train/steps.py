@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from slmops.core.errors import BuildError
+from slmops.train.step_context import Context
 
 USES = (
     "slmops.artifact.gguf_layout",
@@ -23,35 +23,6 @@ USES = (
     "slmops.train.reconstruct",
     "slmops.train.students",
 )
-
-
-class Context(Protocol):
-    """The build's step context; see ``slmops.build.graph.StepContext``."""
-
-    @property
-    def files(self) -> Mapping[str, Path]:
-        """Input files by name."""
-        ...
-
-    @property
-    def params(self) -> Mapping[str, Any]:
-        """JSON values."""
-        ...
-
-    @property
-    def out(self) -> Path:
-        """Folder for the step's files."""
-        ...
-
-    @property
-    def progress(self) -> Callable[[float | None, str], None]:
-        """Call with a share done and a note."""
-        ...
-
-    @property
-    def checkpoints(self) -> Path | None:
-        """Folder that outlives a kill."""
-        ...
 
 
 def reconstruct(context: Context) -> dict[str, Any]:

@@ -38,6 +38,7 @@ USES = (
     "slmops.build.structure",
     "slmops.build.vocabulary",
     "slmops.runtimes.llama_cpp.activations",
+    "slmops.runtimes.llama_cpp.imatrix",
     "slmops.runtimes.llama_cpp.logits",
     "slmops.runtimes.llama_cpp.quantise",
 )

@@ -51,7 +51,9 @@ class Hessian:
     matrix: NDArray[np.float32] = field(repr=False)
 
 
-class _Collector:
+class Collector:
+    """Sees every matrix product with a wanted weight; what it keeps of the inputs is up to ``_take``."""
+
     def __init__(self) -> None:
         self.sums: dict[str, NDArray[np.float64]] = {}
         self.rows: dict[str, int] = {}
@@ -68,11 +70,14 @@ class _Collector:
             return not ask
         weight, inputs = tensor.src[0].contents, tensor.src[1].contents
         name = weight.name.decode()
-        if not name.endswith(".weight"):
+        if not self._wants(name):
             return not ask
         if not ask:
             self._add(name, inputs)
         return True
+
+    def _wants(self, name: str) -> bool:
+        return name.endswith(".weight")
 
     def _add(self, name: str, inputs: capi.Tensor) -> None:
         width, rows = int(inputs.ne[0]), int(inputs.ne[1] * inputs.ne[2] * inputs.ne[3])
@@ -95,7 +100,7 @@ class _Collector:
         self.rows[name] = self.rows.get(name, 0) + rows
 
 
-class _HessianCollector(_Collector):
+class _HessianCollector(Collector):
     """Outer products of as many inputs as fit; each input once, however many matrices it goes into.
 
     Args:
@@ -181,7 +186,7 @@ def collect_imatrix(
     Raises:
         BuildError: fewer tokens than a window, or the graph holds its inputs in another form.
     """
-    collector = _Collector()
+    collector = Collector()
     windows = _run(collector, path, token_ids, window_tokens, threads)
     if not collector.sums:
         raise BuildError("imatrix: no matrix product was seen", hint="report it")
@@ -191,9 +196,7 @@ def collect_imatrix(
     return Imatrix(means, windows * window_tokens)
 
 
-def _run(
-    collector: _Collector, path: Path, token_ids: Sequence[int], window_tokens: int, threads: int
-) -> int:
+def _run(collector: Collector, path: Path, token_ids: Sequence[int], window_tokens: int, threads: int) -> int:
     """Show a collector every window of a text; gives their number."""
     if len(token_ids) < window_tokens:
         raise BuildError(
