@@ -28,10 +28,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
 import re
+import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -313,17 +315,29 @@ def answer_schema(templates: Sequence[Template], sentences: Sequence[Sentence]) 
     }
 
 
-def write_lines(path: Path, prefix: str, sentences: Sequence[Sentence]) -> None:
-    """Write one JSON object a line."""
-    with path.open("w", encoding="utf-8", newline="\n") as out:
-        for number, sentence in enumerate(sentences):
-            messages = [
-                {"role": "system", "content": SYSTEM_PROMPT},
-                {"role": "user", "content": sentence.text},
-            ]
-            line = {"id": f"{prefix}-{number:05d}", "template": sentence.template, "messages": messages}
-            line["answer"] = sentence.answer
-            out.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
+def replace(path: Path, lines: Iterable[str]) -> None:
+    """Put a whole new file in the place of ``path``: who reads it meanwhile sees the old one or the new one, no half."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(handle, "w", encoding="utf-8", newline="\n") as out:
+            out.writelines(lines)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def as_lines(prefix: str, sentences: Sequence[Sentence]) -> Iterator[str]:
+    """One JSON object a line."""
+    for number, sentence in enumerate(sentences):
+        messages = [
+            {"role": "system", "content": SYSTEM_PROMPT},
+            {"role": "user", "content": sentence.text},
+        ]
+        line = {"id": f"{prefix}-{number:05d}", "template": sentence.template, "messages": messages}
+        line["answer"] = sentence.answer
+        yield json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
 def make(out: Path, seed: int, eval_items: int, train_items: int, calibration_items: int) -> Json:
@@ -346,12 +360,11 @@ def make(out: Path, seed: int, eval_items: int, train_items: int, calibration_it
     calibration = list(draw(train_walker, training, calibration_items, calibration_refusal, calibration_rng))
 
     out.mkdir(parents=True, exist_ok=True)
-    write_lines(out / "train.jsonl", "train", train_set)
-    write_lines(out / "eval.jsonl", "eval", eval_set)
-    text = "".join(f"{sentence.text} {sentence.answer}\n" for sentence in calibration)
-    (out / "calibration.txt").write_text(text, encoding="utf-8", newline="\n")
+    replace(out / "train.jsonl", as_lines("train", train_set))
+    replace(out / "eval.jsonl", as_lines("eval", eval_set))
+    replace(out / "calibration.txt", (f"{sentence.text} {sentence.answer}\n" for sentence in calibration))
     schema = answer_schema(templates, [*train_set, *eval_set, *calibration])
-    (out / "answer.schema.json").write_text(json.dumps(schema, indent=1) + "\n", encoding="utf-8")
+    replace(out / "answer.schema.json", [json.dumps(schema, indent=1) + "\n"])
     return {
         "seed": seed,
         "templates": {"train": len(training), "eval": len(evaluation)},

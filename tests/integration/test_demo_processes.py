@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,8 @@ from slmops.core.errors import BusyError
 from slmops.release import Workspace, init_keys
 
 pytestmark = pytest.mark.e2e
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "home-intents"
 
 
 def test_a_taken_port_is_left_to_its_owner_and_another_one_is_used(tmp_path: Path) -> None:
@@ -64,8 +67,9 @@ def test_a_second_demo_in_the_same_folder_is_refused_and_touches_nothing(tmp_pat
 def test_a_demo_that_is_told_to_stop_cleans_up(tmp_path: Path, number: signal.Signals) -> None:
     """Also when its terminal is closed: it ends by itself, and the folder is free again."""
     work = tmp_path / "demo"
+    project = shutil.copytree(EXAMPLE, tmp_path / "project", ignore=shutil.ignore_patterns("data"))
     demo = subprocess.Popen(
-        slmops_command("demo", "--fast", "--work", str(work)),
+        slmops_command("demo", "--fast", "--work", str(work), "--project", str(project)),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )

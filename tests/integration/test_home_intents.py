@@ -53,6 +53,18 @@ def command(item: dict[str, Any]) -> str:
     return str(item["messages"][-1]["content"])
 
 
+def test_remaking_leaves_a_reader_the_file_that_it_opened(tmp_path: Path) -> None:
+    """A demo may make the data while another one reads it: files are replaced whole, and nothing else is left."""
+    sizes = ("--train-items", "300", "--eval-items", "60", "--calibration-items", "50")
+    make(tmp_path, 1, *sizes)
+    before = (tmp_path / "train.jsonl").read_bytes()
+    with (tmp_path / "train.jsonl").open("rb") as opened:
+        make(tmp_path, 1, "--seed", "8", *sizes)
+        assert opened.read() == before
+    assert (tmp_path / "train.jsonl").read_bytes() != before
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
+
+
 def test_same_seed_same_bytes_other_seed_other_split(tmp_path: Path) -> None:
     """Neither Python's hash seed nor the run changes a byte; another seed holds out other templates."""
     sizes = ("--train-items", "500", "--eval-items", "60", "--calibration-items", "50")
