@@ -6,7 +6,7 @@ folder = make_build_directory(tmp_path / "build", findings={"kld.mean": "pass"})
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ def make_build_directory(
     golden_prompts: int = 3,
     max_drop_ratio: float = 0.0,
     seed: int = 0,
+    parts: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write the directory and give it back.
 
@@ -56,6 +57,8 @@ def make_build_directory(
         golden_prompts: prompts in the pack.
         max_drop_ratio: of the pack.
         seed: of the weights.
+        parts: further files of one more variant, for the first profile, that onnxruntime-genai serves; its model file is
+            ``genai_config.json``.
     """
     folder.mkdir(parents=True)
 
@@ -104,6 +107,8 @@ def make_build_directory(
                 ],
             }
         )
+    if parts is not None:
+        variants.append(_of_several_files(write, variants[0], parts))
     index_document = {
         "schema": 1,
         "model": model,
@@ -122,3 +127,32 @@ def make_build_directory(
     }
     (folder / "build.json").write_text(json.dumps(index_document))
     return folder
+
+
+def _of_several_files(
+    write: Callable[[str, bytes], dict[str, Any]], like: Mapping[str, Any], parts: Mapping[str, bytes]
+) -> dict[str, Any]:
+    """A variant whose model is a folder."""
+    folder = f"variants/{like['profile']}@onnxruntime-genai"
+
+    def cut(name: str, content: bytes) -> dict[str, Any]:
+        return write(f"{folder}/chunk-maps/{name}.json", encode_chunk_map(make_chunk_map(content, "raw")))
+
+    config = b'{"model": {"type": "llama"}}'
+    return {
+        **like,
+        "runtime": {"name": "onnxruntime-genai", "version": "1"},
+        "format": "onnx",
+        "path": "genai_config.json",
+        "model": write(f"{folder}/files/genai_config.json", config),
+        "chunk_map": cut("genai_config.json", config),
+        "parts": [
+            {
+                "path": name,
+                "format": "raw",
+                "file": write(f"{folder}/files/{name}", content),
+                "chunk_map": cut(name, content),
+            }
+            for name, content in parts.items()
+        ],
+    }

@@ -12,11 +12,14 @@ from slmops.agent.store.files import write_atomic
 from slmops.agent.store.journal import read_journal
 from slmops.agent.store.layout import Layout
 from slmops.agent.store.slots import read_slot
+from slmops.agent.store.views import make_view, remove_view
 from slmops.artifact.manifest import Variant, decode
 from slmops.core.errors import NotFoundError
 from slmops.protocol.messages import Bench
 from slmops.runtimes import EngineLimits, EngineSpec, load
 from slmops.runtimes.bench import bench_model
+
+_VIEW = "bench"
 
 
 async def run_bench(
@@ -38,7 +41,7 @@ async def run_bench(
     shape = variant.model_shape()
     spec = EngineSpec(
         runtime=load(slot.runtime).name,
-        model_path=store.path(slot.digest_of("model")),
+        model_path=make_view(layout, _VIEW, slot),
         context_tokens=max(slot.assignment.serving.context_tokens, prompt_tokens + decode_tokens),
         slots=1,
         kv_cache=slot.assignment.serving.kv_cache,
@@ -46,9 +49,12 @@ async def run_bench(
         ubatch_tokens=slot.assignment.serving.micro_batch_tokens,
     )
     limits = EngineLimits(memory_bytes=config.ram_limit_bytes, cpu_cores=config.cpu_cores)
-    result = await bench_model(
-        spec, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, repeats=repeats, limits=limits
-    )
+    try:
+        result = await bench_model(
+            spec, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, repeats=repeats, limits=limits
+        )
+    finally:
+        remove_view(layout, _VIEW)
     bench = Bench(
         artifact_sha256=slot.digest_of("model"),
         weights_bytes=shape.weights_bytes,

@@ -37,21 +37,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedRelease:
-    """An assignment whose documents were all verified and are on disk."""
+    """An assignment whose documents were all verified and are on disk.
+
+    Attributes:
+        chunk_maps: how each of the variant's files is cut, in their order.
+    """
 
     assignment: Assignment
     release: Release
     variant: Variant
-    chunk_map: ChunkMap
+    chunk_maps: tuple[ChunkMap, ...]
 
     def slot(self) -> Slot:
         """The slot manifest that this release will be."""
-        model = self.variant.model_file()
         artifacts = [
             SlotArtifact("release", self.assignment.release_sha256, 0),
             SlotArtifact("variant", self.assignment.variant_sha256, 0),
-            SlotArtifact("model", model.sha256, model.bytes, model.chunk_map.sha256),
-            SlotArtifact("chunk-map", model.chunk_map.sha256, model.chunk_map.bytes),
+        ]
+        for file in self.variant.artifacts:
+            path = file.path if self.variant.in_folder else ""
+            artifacts.append(SlotArtifact(file.role, file.sha256, file.bytes, file.chunk_map.sha256, path))
+            artifacts.append(SlotArtifact("chunk-map", file.chunk_map.sha256, file.chunk_map.bytes))
+        artifacts += [
             SlotArtifact("golden-pack", self.release.golden_pack.sha256, self.release.golden_pack.bytes),
             SlotArtifact("golden-expectations", self.variant.golden.sha256, self.variant.golden.bytes),
         ]
@@ -99,20 +106,23 @@ class ReleaseSource:
             )
         variant = decode(await self._blob(entry.sha256, entry.bytes), Variant)
         self._check_identity(assignment, release, variant)
-        model = variant.model_file()
-        chunk_map = decode_chunk_map(await self._blob(model.chunk_map.sha256, model.chunk_map.bytes))
-        if chunk_map.artifact_sha256 != model.sha256 or chunk_map.artifact_bytes != model.bytes:
-            raise TrustError(
-                "the chunk map is of another file than the variant names",
-                hint="the release was made by a broken tool",
-            )
+        variant.check_files()
+        chunk_maps = []
+        for file in variant.artifacts:
+            chunk_map = decode_chunk_map(await self._blob(file.chunk_map.sha256, file.chunk_map.bytes))
+            if chunk_map.artifact_sha256 != file.sha256 or chunk_map.artifact_bytes != file.bytes:
+                raise TrustError(
+                    f"the chunk map of {file.path} is of another file than the variant names",
+                    hint="the release was made by a broken tool",
+                )
+            chunk_maps.append(chunk_map)
         wanted = {prompt.sha256 for prompt in assignment.prompts}
         small = [(p.sha256, p.bytes) for p in release.prompts if p.sha256 in wanted]
         for blob in (release.golden_pack, variant.golden):
             small.append((blob.sha256, blob.bytes))
         for sha256, size_bytes in small:
             await self._blob(sha256, size_bytes)
-        return ResolvedRelease(assignment, release, variant, chunk_map)
+        return ResolvedRelease(assignment, release, variant, tuple(chunk_maps))
 
     def _check_identity(self, assignment: Assignment, release: Release, variant: Variant) -> None:
         signed_prompts = {prompt.sha256: prompt.name for prompt in release.prompts}

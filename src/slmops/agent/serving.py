@@ -22,6 +22,7 @@ from slmops.agent.identity import DeviceConfig
 from slmops.agent.store.artifacts import ArtifactStore
 from slmops.agent.store.layout import Layout
 from slmops.agent.store.slots import Slot, SlotArtifact, read_slot
+from slmops.agent.store.views import make_view
 from slmops.artifact.manifest import Variant, decode
 from slmops.core.device.fit import Serving, memory_needed
 from slmops.core.device.machine import SlotName
@@ -248,7 +249,7 @@ class EngineKeeper:
         repack = memory > 0 and 2 * (memory + weights) <= room
         spec = EngineSpec(
             runtime=runtime.name,
-            model_path=self._store.path(slot.digest_of("model")),
+            model_path=await asyncio.to_thread(make_view, self._layout, name, slot),
             context_tokens=serving.context_tokens,
             slots=serving.parallel,
             kv_cache=serving.kv_cache,
@@ -328,9 +329,12 @@ def fit_serving(serving: ServingSettings | None) -> Serving:
     return Serving(serving.context_tokens, serving.kv_cache, serving.parallel, serving.micro_batch_tokens)
 
 
+_SERVED_FROM = ("model", "part", "prompt", "adapter")
+
+
 def _needed_to_serve(slot: Slot) -> tuple[SlotArtifact, ...]:
     """The files without which a slot does not answer as its release; the others are fetched again when they are needed."""
-    return tuple(a for a in slot.artifacts if a.role.split(":", 1)[0] in ("model", "prompt", "adapter"))
+    return tuple(a for a in slot.artifacts if a.role.split(":", 1)[0] in _SERVED_FROM)
 
 
 def require_whole(store: ArtifactStore, slot: Slot) -> None:
@@ -342,7 +346,7 @@ def require_whole(store: ArtifactStore, slot: Slot) -> None:
     for artifact in _needed_to_serve(slot):
         if not store.is_whole(artifact.sha256):
             raise DigestError(
-                f"{artifact.role} of {slot.model_name}@{slot.assignment.version} is damaged on disk: "
+                f"{artifact.path or artifact.role} of {slot.model_name}@{slot.assignment.version} is damaged on disk: "
                 f"it does not hash to {artifact.sha256[:12]}",
                 hint="it is fetched again by itself as soon as the control plane is reached",
             )

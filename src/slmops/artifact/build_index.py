@@ -25,6 +25,20 @@ class BuiltFile(msgspec.Struct, frozen=True):
     sha256: str
 
 
+class BuiltPart(msgspec.Struct, frozen=True):
+    """A further file that the engine needs beside the model file.
+
+    Attributes:
+        path: its place in the variant's own folder on a device, with forward slashes.
+        format: as in ``artifact.manifest.ArtifactEntry``.
+    """
+
+    path: str
+    format: str
+    file: BuiltFile
+    chunk_map: BuiltFile
+
+
 class GateFinding(msgspec.Struct, frozen=True):
     """One gate's answer about one variant; ``verdict`` is pass, fail, inconclusive or error."""
 
@@ -50,7 +64,12 @@ class EarlyWarning(msgspec.Struct, frozen=True):
 
 
 class BuiltVariant(msgspec.Struct, frozen=True):
-    """One variant; the fields mean what they mean in ``artifact.manifest.Variant``."""
+    """One variant; the fields mean what they mean in ``artifact.manifest.Variant``.
+
+    Attributes:
+        model: the file that the engine opens; ``format``: its format; ``path``: its place in the variant's own folder.
+        parts: the files that it needs beside it.
+    """
 
     profile: str
     runtime: RuntimeNeed
@@ -64,6 +83,19 @@ class BuiltVariant(msgspec.Struct, frozen=True):
     predicted_decode_tps: float | None
     findings: tuple[GateFinding, ...]
     warnings: tuple[EarlyWarning, ...] = ()
+    format: str = "gguf"
+    path: str = "model.gguf"
+    parts: tuple[BuiltPart, ...] = ()
+
+    @property
+    def artifact_bytes(self) -> int:
+        """Size of all files together."""
+        return self.model.bytes + sum(part.file.bytes for part in self.parts)
+
+    def files(self) -> list[BuiltFile]:
+        """Every file of the variant."""
+        own = [self.model, self.chunk_map, self.golden_expectations]
+        return own + [file for part in self.parts for file in (part.file, part.chunk_map)]
 
 
 class BuiltBase(msgspec.Struct, frozen=True):
@@ -116,7 +148,7 @@ class Build(msgspec.Struct, frozen=True):
 
     def files(self) -> list[BuiltFile]:
         """Every file that the index names."""
-        per_variant = [file for v in self.variants for file in (v.model, v.chunk_map, v.golden_expectations)]
+        per_variant = [file for variant in self.variants for file in variant.files()]
         return [self.golden_pack, self.evidence, self.provenance, *self.prompts.values(), *per_variant]
 
 

@@ -21,6 +21,10 @@ from slmops.core.errors import TrustError
 
 SCHEMA = 1
 MAX_DOCUMENT_BYTES = 16 << 20
+#: most files that a variant may have
+MAX_FILES = 256
+#: what a file of a variant may be
+FILE_ROLES = frozenset({"model", "part"})
 
 # Checked by msgspec when a document is read, so that nothing further down can meet a name that leads out of
 # its folder, a digest that is none, or a negative size. "\Z", because "$" lets a trailing line break through.
@@ -56,9 +60,10 @@ class ArtifactEntry(msgspec.Struct, frozen=True, omit_defaults=True):
     """One file of a variant.
 
     Attributes:
-        role: ``model`` for the file that the engine loads.
-        path: file name for people and exports; never used as a path on a device.
-        format: ``gguf``.
+        role: ``model`` for the file that the engine opens, ``part`` for every other one.
+        path: its place in the variant's own folder, where a part is looked for beside the model; a lone GGUF's is for
+            people only.
+        format: ``gguf``, ``onnx``, ``litertlm``, ``tflite``, ``pte``, ``json``, ...: says how it is cut.
         bytes: size of the file; ``sha256``: its digest.
         chunk_map: the artifact that says how this one is cut.
     """
@@ -131,6 +136,41 @@ class Variant(msgspec.Struct, frozen=True, omit_defaults=True):
             if entry.role == "model":
                 return entry
         raise TrustError("variant manifest names no file with role 'model'", hint="build the release again")
+
+    @property
+    def artifact_bytes(self) -> int:
+        """Size of all files together."""
+        return sum(entry.bytes for entry in self.artifacts)
+
+    @property
+    def in_folder(self) -> bool:
+        """Whether the engine wants the files under their names in one folder (ADR 0015); a lone GGUF is opened by its digest."""
+        return len(self.artifacts) > 1 or self.model_file().format != "gguf"
+
+    def check_files(self) -> None:
+        """See that the files can lie in one folder.
+
+        Raises:
+            TrustError: no single model file, an unknown role, too many files, or two that want the same place.
+        """
+        fix = "build the release again"
+        roles = sorted({entry.role for entry in self.artifacts} - FILE_ROLES)
+        if roles:
+            raise TrustError(
+                f"variant manifest has a file of role {roles[0]!r}", hint="update slmops on this device"
+            )
+        if sum(entry.role == "model" for entry in self.artifacts) != 1:
+            raise TrustError("variant manifest must name exactly one file with role 'model'", hint=fix)
+        if len(self.artifacts) > MAX_FILES:
+            raise TrustError(
+                f"variant manifest names {len(self.artifacts)} files, {MAX_FILES} are allowed", hint=fix
+            )
+        # Case does not tell names apart: the folder may lie on a file system that does not either.
+        paths = sorted(entry.path.casefold() for entry in self.artifacts)
+        for path in paths:
+            below = [other for other in paths if other.startswith(f"{path}/")]
+            if paths.count(path) > 1 or below:
+                raise TrustError(f"two files of the variant want the place {path!r}", hint=fix)
 
     def model_shape(self) -> ModelShape:
         """The shape as the fit wants it.

@@ -4,6 +4,8 @@
     root.json, targets.json    TUF metadata that sign it
     golden-pack.json, evidence.json, provenance.json, prompts/<name>
     variants/<profile>/        variant.json, model.gguf, chunk-map.json, golden-expectations.json
+    variants/<profile>@<runtime>/   for any runtime but llama.cpp: variant.json, golden-expectations.json, and under files/
+                               and chunk-maps/ one of each for every file of the variant
 
 Blobs (what a control plane stores by digest) are the documents and the chunks; chunks are cut out of the model files by
 their chunk maps while reading: there is no second copy on the disk.
@@ -45,6 +47,22 @@ GOLDEN_PACK, EVIDENCE, PROVENANCE, PROMPTS, VARIANTS = (
     "prompts",
     "variants",
 )
+FILES, CHUNK_MAPS = "files", "chunk-maps"
+
+
+def variant_folder(profile: str, runtime: str) -> str:
+    """Name of a variant's folder; ``@`` is in no profile's name, so no two variants can share one."""
+    return profile if runtime == "llama.cpp" else f"{profile}@{runtime}"
+
+
+def file_place(variant: Variant, entry: ArtifactEntry) -> str:
+    """Where one of a variant's files lies in its folder."""
+    return f"{FILES}/{entry.path}" if variant.in_folder else entry.path
+
+
+def chunk_map_place(entry: ArtifactEntry) -> str:
+    """Where the chunk map of one of a variant's files lies in its folder."""
+    return CHUNK_MAP if entry.role == "model" else f"{CHUNK_MAPS}/{entry.path}.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +127,7 @@ class ReleaseBundle:
     def chunk_map(self, entry: ArtifactEntry, folder: Path) -> ChunkMap:
         """How one of a variant's files is cut."""
         return decode_chunk_map(
-            read_by_digest(folder / CHUNK_MAP, entry.chunk_map.sha256, entry.chunk_map.bytes)
+            read_by_digest(folder / chunk_map_place(entry), entry.chunk_map.sha256, entry.chunk_map.bytes)
         )
 
     def blobs(self) -> Iterator[BundleBlob]:
@@ -128,7 +146,7 @@ class ReleaseBundle:
     def _chunks(self) -> Iterator[BundleBlob]:
         for _, variant, folder in self.variants:
             for artifact in variant.artifacts:
-                path = folder / artifact.path
+                path = folder / file_place(variant, artifact)
                 for offset, chunk in self.chunk_map(artifact, folder).offsets():
                     yield BundleBlob(
                         chunk.sha256, chunk.bytes, f"{path} at {offset}", _reader(path, offset, chunk.bytes)
@@ -141,7 +159,9 @@ class ReleaseBundle:
         for _, variant, folder in self.variants:
             yield small(folder / EXPECTATIONS, variant.golden.sha256, variant.golden.bytes)
             for artifact in variant.artifacts:
-                yield small(folder / CHUNK_MAP, artifact.chunk_map.sha256, artifact.chunk_map.bytes)
+                yield small(
+                    folder / chunk_map_place(artifact), artifact.chunk_map.sha256, artifact.chunk_map.bytes
+                )
         release = self.release
         for name, blob in (
             (GOLDEN_PACK, release.golden_pack),
@@ -184,10 +204,10 @@ def open_bundle(path: Path) -> ReleaseBundle:
     release = decode(manifest, Release)
     variants = []
     for entry in release.variants:
-        folder = path / VARIANTS / entry.profile
-        variants.append(
-            (entry, decode(read_by_digest(folder / VARIANT, entry.sha256, entry.bytes), Variant), folder)
-        )
+        folder = path / VARIANTS / variant_folder(entry.profile, entry.runtime)
+        variant = decode(read_by_digest(folder / VARIANT, entry.sha256, entry.bytes), Variant)
+        variant.check_files()
+        variants.append((entry, variant, folder))
     return ReleaseBundle(
         path, manifest, _read(path / TARGETS_METADATA), _read(path / ROOT_METADATA), release, tuple(variants)
     )
@@ -222,7 +242,7 @@ def verify_bundle(bundle: ReleaseBundle, workspace: Workspace | None = None) -> 
     for _, variant, folder in bundle.variants:
         for artifact in variant.artifacts:
             artifacts += 1
-            _check_whole(folder / artifact.path, artifact)
+            _check_whole(folder / file_place(variant, artifact), artifact)
             total += artifact.bytes
     return BundleReport(bundle.digest, bundle.release.release_seq, count, artifacts, total)
 

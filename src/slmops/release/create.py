@@ -34,7 +34,6 @@ from slmops.artifact.trust import add_release, load_targets, release_seq_of
 from slmops.core.errors import ConflictError, GateError, UsageError
 from slmops.release.build_files import read_index
 from slmops.release.bundle import (
-    CHUNK_MAP,
     EVIDENCE,
     EXPECTATIONS,
     GOLDEN_PACK,
@@ -44,7 +43,10 @@ from slmops.release.bundle import (
     VARIANT,
     VARIANTS,
     ReleaseBundle,
+    chunk_map_place,
+    file_place,
     open_bundle,
+    variant_folder,
 )
 from slmops.release.files import link_or_copy, naming_full_disks, read_by_digest, sync_folder, write_whole
 from slmops.release.keys import (
@@ -58,7 +60,6 @@ from slmops.release.keys import (
 
 _VERSION = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")
 _BLOCKING = ("fail", "error")
-MODEL_FILE = "model.gguf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,29 +237,41 @@ def _make(index: Build, build_dir: Path) -> _Made:
     links: dict[str, Path] = {}
     entries = []
     for built in index.variants:
-        manifest = encode(_variant(index.model, built))
-        folder = f"{VARIANTS}/{built.profile}"
+        variant = _variant(index.model, built)
+        variant.check_files()
+        manifest = encode(variant)
+        folder = f"{VARIANTS}/{variant_folder(built.profile, built.runtime.name)}"
         documents[f"{folder}/{VARIANT}"] = manifest
-        documents[f"{folder}/{CHUNK_MAP}"] = content(built.chunk_map)
         documents[f"{folder}/{EXPECTATIONS}"] = content(built.golden_expectations)
-        links[f"{folder}/{MODEL_FILE}"] = build_dir / built.model.path
+        files = [(built.model, built.chunk_map), *((part.file, part.chunk_map) for part in built.parts)]
+        for entry, (file, chunk_map) in zip(variant.artifacts, files, strict=True):
+            documents[f"{folder}/{chunk_map_place(entry)}"] = content(chunk_map)
+            links[f"{folder}/{file_place(variant, entry)}"] = build_dir / file.path
         blob = blob_of(manifest)
         entries.append(
-            VariantEntry(built.profile, built.runtime.name, blob.bytes, blob.sha256, built.model.bytes)
+            VariantEntry(built.profile, built.runtime.name, blob.bytes, blob.sha256, variant.artifact_bytes)
         )
     return _Made(documents, links, tuple(entries))
 
 
 def _variant(model: str, built: BuiltVariant) -> Variant:
-    artifact = ArtifactEntry(
-        "model", MODEL_FILE, "gguf", built.model.bytes, built.model.sha256, _blob(built.chunk_map)
-    )
+    artifacts = [
+        ArtifactEntry(
+            "model", built.path, built.format, built.model.bytes, built.model.sha256, _blob(built.chunk_map)
+        )
+    ]
+    artifacts += [
+        ArtifactEntry(
+            "part", part.path, part.format, part.file.bytes, part.file.sha256, _blob(part.chunk_map)
+        )
+        for part in built.parts
+    ]
     return Variant(
         schema=SCHEMA,
         model=model,
         profile=built.profile,
         runtime=built.runtime,
-        artifacts=(artifact,),
+        artifacts=tuple(artifacts),
         shape=built.shape,
         golden=_blob(built.golden_expectations),
         measured=built.measured,

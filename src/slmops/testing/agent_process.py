@@ -31,10 +31,16 @@ GARBAGE = {question: "#### ####" for question in QUESTIONS}
 def make_release(releases: SignedReleases, folder: Path, version: str, **model: object) -> MadeRelease:
     """A good release whose model answers QUESTIONS, of some chunks."""
     padding = int(str(model.pop("padding_bytes", 3_000_000)))
-    path = write_fake_model(folder / f"{version}.json", QUESTIONS, **model)  # type: ignore[arg-type]
+    parts: dict[str, bytes] = model.pop("parts", {})  # type: ignore[assignment]
+    for name, content in parts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    path = write_fake_model(folder / f"{version}.json", QUESTIONS, needs=list(parts), **model)  # type: ignore[arg-type]
     _pad(path, padding)
     return asyncio.run(
-        releases.add(path, version, QUESTIONS, runtime=FAKE_RUNTIME, prompts={"default": "Be brief."})
+        releases.add(
+            path, version, QUESTIONS, runtime=FAKE_RUNTIME, prompts={"default": "Be brief."}, parts=parts
+        )
     )
 
 
@@ -98,13 +104,12 @@ class AgentProcess:
     def engines(self) -> list[int]:
         """Process ids of the running engines."""
         assert self.process is not None
-        pid = self.process.pid
-        children = {
-            int(c)
-            for task in Path(f"/proc/{pid}/task").iterdir()
-            for c in (task / "children").read_text().split()
-        }
-        return [child for child in children if alive(child)]
+        while True:
+            try:
+                return [child for child in _children(self.process.pid) if alive(child)]
+            except (FileNotFoundError, ProcessLookupError):  # a thread ended while its children were read
+                if not alive(self.process.pid):
+                    return []
 
     def kill(self) -> None:
         """Kill -9, as a power cut would; no engine may outlive its agent."""
@@ -166,6 +171,12 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def _children(pid: int) -> set[int]:
+    """Child processes of all threads of a process."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return {int(child) for task in tasks for child in (task / "children").read_text().split()}
 
 
 def _until_gone(pids: list[int]) -> None:

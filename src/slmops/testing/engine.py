@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,6 +108,7 @@ def write_fake_model(  # noqa: PLR0913 - a script is a list of settings
     token_s: float = 0.0,
     faults: Mapping[str, str | int] | None = None,
     padding_bytes: int = 0,
+    needs: Sequence[str] = (),
 ) -> Path:
     """Write a model file for `FakeRuntime` and give its path; `padding_bytes` makes it larger."""
     model = {
@@ -119,6 +120,7 @@ def write_fake_model(  # noqa: PLR0913 - a script is a list of settings
         "prefill_s": prefill_s,
         "token_s": token_s,
         "faults": dict(faults or {}),
+        "needs": list(needs),
         "padding": "x" * padding_bytes,
     }
     path.write_text(json.dumps(model), encoding="utf-8")

@@ -94,6 +94,9 @@ class FakeEngine:
             ValueError: a file is not a fake model, or the script says so.
         """
         model = FakeModel(Path(self.spec["model_path"]), self.spec["adapters"])
+        for name in model.script.get("needs", []):
+            if not (Path(self.spec["model_path"]).parent / name).is_file():
+                raise ValueError(f"failed to load model: {name} does not lie beside it")
         time.sleep(float(model.script.get("load_s", 0.0)))
         fault = self._faults(model).get("load")
         if fault == "refuse":

@@ -168,6 +168,7 @@ class SignedReleases:
         prompts: Mapping[str, str] | None = None,
         shape: Mapping[str, int] | None = None,
         golden_from: Path | None = None,
+        parts: Mapping[str, bytes] | None = None,
     ) -> MadeRelease:
         """Sign and publish a release of one variant.
 
@@ -183,11 +184,10 @@ class SignedReleases:
             prompts: system prompts by name.
             shape: of the model; the fake's by default.
             golden_from: file that the expectations are computed from; the model itself by default.
+            parts: further files of the variant, by their names in its folder.
         """
-        content = model_file.read_bytes()
-        chunk_map = make_chunk_map(content, artifact_format)
-        for offset, chunk in chunk_map.offsets():
-            self.blobs[chunk.sha256] = content[offset : offset + chunk.bytes]
+        files = [self._keep_file("model", model_file.name, artifact_format, model_file.read_bytes())]
+        files += [self._keep_file("part", name, "raw", content) for name, content in (parts or {}).items()]
         pack = GoldenPack(
             SCHEMA,
             tuple(
@@ -199,22 +199,12 @@ class SignedReleases:
         expectations = await _expect(
             golden_from or model_file, pack, pack_blob.sha256, runtime, tolerance, floor_margin
         )
-        map_bytes = encode_chunk_map(chunk_map)
         variant = Variant(
             schema=SCHEMA,
             model=self.model,
             profile=profile,
             runtime=RuntimeNeed(runtime, "1"),
-            artifacts=(
-                ArtifactEntry(
-                    "model",
-                    model_file.name,
-                    artifact_format,
-                    len(content),
-                    sha256_hex(content),
-                    self._keep(map_bytes),
-                ),
-            ),
+            artifacts=tuple(files),
             shape=dict(shape or SHAPE),
             golden=self._keep(encode(expectations)),
             measured=Measured(4.5, 0.01, 0.99, 12.0, 50.0, 200.0, 0.3, 100_000_000),
@@ -230,7 +220,11 @@ class SignedReleases:
             created="2026-01-01T00:00:00Z",
             base=Base("fake", sha256_hex(b"base"), "apache-2.0"),
             licence="apache-2.0",
-            variants=(VariantEntry(profile, runtime, variant_blob.bytes, variant_blob.sha256, len(content)),),
+            variants=(
+                VariantEntry(
+                    profile, runtime, variant_blob.bytes, variant_blob.sha256, variant.artifact_bytes
+                ),
+            ),
             golden_pack=pack_blob,
             evidence=self._keep(b'{"gates":[],"schema":1}'),
             provenance=self._keep(b'{"schema":1}'),
@@ -243,6 +237,13 @@ class SignedReleases:
         )
         self._publish()
         return MadeRelease(release, digest, variant, variant_blob.sha256)
+
+    def _keep_file(self, role: str, path: str, file_format: str, content: bytes) -> ArtifactEntry:
+        chunk_map = make_chunk_map(content, file_format)
+        for offset, chunk in chunk_map.offsets():
+            self.blobs[chunk.sha256] = content[offset : offset + chunk.bytes]
+        blob = self._keep(encode_chunk_map(chunk_map))
+        return ArtifactEntry(role, path, file_format, len(content), sha256_hex(content), blob)
 
     def _keep(self, content: bytes) -> Blob:
         blob = blob_of(content)

@@ -43,6 +43,45 @@ def test_a_variant_without_a_model_file_is_refused() -> None:
     assert both.model_file().role == "model"
 
 
+def with_files(*files: tuple[str, str]) -> m.Variant:
+    return msgspec.structs.replace(
+        VARIANT,
+        artifacts=tuple(
+            msgspec.structs.replace(VARIANT.artifacts[0], role=role, path=path) for role, path in files
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        ([("part", "a")], "exactly one"),
+        ([("model", "a"), ("model", "b")], "exactly one"),
+        ([("model", "a"), ("hook", "b")], "role 'hook'"),
+        ([("model", "a"), ("part", "A")], "want the place 'a'"),
+        ([("model", "a"), ("part", "a/b")], "want the place 'a'"),
+        ([("model", "a"), *(("part", f"p{i}") for i in range(256))], "257 files, 256 are allowed"),
+    ],
+)
+def test_files_that_cannot_lie_in_one_folder_are_refused(files: list[tuple[str, str]], why: str) -> None:
+    with pytest.raises(TrustError, match=why):
+        with_files(*files).check_files()
+
+
+@pytest.mark.parametrize("path", ["../up", "/etc/passwd", "a/../b", "~/x", "a\\b", "", "a/."])
+def test_a_file_that_leads_out_of_its_folder_is_not_even_read(path: str) -> None:
+    artifacts = [msgspec.to_builtins(VARIANT.artifacts[0]) | {"path": path}]
+    with pytest.raises(TrustError):
+        m.decode(altered(VARIANT, artifacts=artifacts), m.Variant)
+
+
+def test_a_lone_gguf_is_opened_by_digest_and_anything_else_in_a_folder() -> None:
+    assert not VARIANT.in_folder
+    assert with_files(("model", "a"), ("part", "b/c")).in_folder
+    tflite = msgspec.structs.replace(VARIANT.artifacts[0], format="tflite")
+    assert msgspec.structs.replace(VARIANT, artifacts=(tflite,)).in_folder
+
+
 def test_a_variant_without_its_shape_is_refused() -> None:
     shape = {name: value for name, value in VARIANT.shape.items() if name != "layers"}
     variant = m.decode(altered(VARIANT, shape={**shape, "more": 1}), m.Variant)

@@ -77,6 +77,35 @@ def test_a_release_names_every_byte_and_verifies(tmp_path: Path, workspace: Work
     assert variant.measured.exact_match_ratio == 0.5
 
 
+def test_a_variant_of_several_files_is_released_whole(tmp_path: Path, workspace: Workspace) -> None:
+    """Two runtimes for one profile; a part may have the name of one of our own documents."""
+    parts = {"variant.json": b"{}", "weights/model.onnx.data": bytes(range(256)) * 5000}
+    build = make_build_directory(tmp_path / "build", parts=parts)
+    bundle = release(tmp_path, workspace, build)
+    runtimes = [(entry.profile, entry.runtime) for entry in bundle.release.variants]
+    assert runtimes == [
+        ("pi5-8gb", "llama.cpp"),
+        ("n100-16gb", "llama.cpp"),
+        ("pi5-8gb", "onnxruntime-genai"),
+    ]
+    entry, variant, folder = bundle.variants[2]
+    assert [(a.role, a.path) for a in variant.artifacts] == [
+        ("model", "genai_config.json"),
+        *(("part", name) for name in parts),
+    ]
+    assert entry.artifact_bytes == sum(artifact.bytes for artifact in variant.artifacts)
+    assert (folder / "files" / "weights" / "model.onnx.data").read_bytes() == parts["weights/model.onnx.data"]
+    assert verify_bundle(open_bundle(bundle.path), workspace).artifacts == 5
+    chunks = {blob.sha256 for blob in bundle.blobs()}
+    for artifact in variant.artifacts:
+        assert {chunk.sha256 for chunk in bundle.chunk_map(artifact, folder).chunks} <= chunks
+    damaged = folder / "files" / "variant.json"
+    damaged.unlink()
+    damaged.write_bytes(b"[]")
+    with pytest.raises(DigestError):
+        verify_bundle(open_bundle(bundle.path), workspace)
+
+
 def test_failing_gates_stop_it_and_are_named(tmp_path: Path, workspace: Workspace) -> None:
     """Exit code 5, each gate with its reason, nothing signed, nothing written."""
     build = make_build_directory(

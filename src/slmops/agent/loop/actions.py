@@ -32,6 +32,7 @@ from slmops.agent.store.slots import (
     write_pointer,
     write_slot,
 )
+from slmops.agent.store.views import remove_views
 from slmops.core.device.fit import Fit, fit
 from slmops.core.device.machine import (
     IN_TRIAL,
@@ -155,17 +156,15 @@ class Actions:
 
     def _fit(self, resolved: ResolvedRelease) -> Fit:
         facts = read_facts(self._layout, self._config)
-        model = resolved.variant.model_file()
-        missing = 0
-        if not self._store.has(model.sha256):
-            missing = Assembly(self._layout, resolved.chunk_map).missing_bytes + DISK_MARGIN_BYTES
+        absent = [cut for cut in resolved.chunk_maps if not self._store.has(cut.artifact_sha256)]
+        missing = sum(Assembly(self._layout, cut).missing_bytes for cut in absent)
         return fit(
             resolved.variant.model_shape(),
             fit_serving(resolved.assignment.serving),
             profile_of(self._config.profile, facts),
             device_facts(facts),
             runtime=resolved.variant.runtime.name,
-            missing_bytes=missing,
+            missing_bytes=missing + DISK_MARGIN_BYTES if missing else 0,
             running_bytes=self._running_bytes(),
             min_decode_tps=resolved.assignment.min_decode_tps,
         )
@@ -179,7 +178,8 @@ class Actions:
     async def _fetch(self) -> Event:
         resolved = await self._resolve()
         before = self.fetched_bytes
-        await self._fetching.complete(resolved.chunk_map, self._fetching.patiently)
+        for chunk_map in resolved.chunk_maps:
+            await self._fetching.complete(chunk_map, self._fetching.patiently)
         moved = self.fetched_bytes - before
         if moved:
             await self.driver.note(fetched_bytes=self.driver.journal.fetched_bytes + moved)
@@ -187,9 +187,9 @@ class Actions:
 
     async def _verify(self) -> Event:
         resolved = await self._resolve()
-        model = resolved.variant.model_file()
-        if not self._store.has(model.sha256):
-            await asyncio.to_thread(self._store.assembly(resolved.chunk_map).finish)
+        for chunk_map in resolved.chunk_maps:
+            if not self._store.has(chunk_map.artifact_sha256):
+                await asyncio.to_thread(self._store.assembly(chunk_map).finish)
         for blob in (resolved.release.golden_pack.sha256, resolved.variant.golden.sha256):
             await asyncio.to_thread(self._store.read_blob, blob)
         return Verified()
@@ -407,7 +407,8 @@ class Actions:
     def _collect_garbage(self) -> None:
         if self.driver.state.committed_slot is not None and self._committed_slot() is None:
             return  # its manifest is damaged: nobody knows which files are its
-        slots = [slot for name in SLOTS if (slot := read_slot(self._layout, name)) is not None]
-        freed = self._store.collect_garbage({a.sha256 for slot in slots for a in slot.artifacts})
+        slots = {name: slot for name in SLOTS if (slot := read_slot(self._layout, name)) is not None}
+        remove_views(self._layout, slots)
+        freed = self._store.collect_garbage({a.sha256 for slot in slots.values() for a in slot.artifacts})
         if freed:
             log.info("%d bytes of old artifacts removed", freed)

@@ -205,6 +205,8 @@ class Assembly:
         Raises:
             DigestError: a chunk on disk is not what was written; the file under way is dropped.
         """
+        if not self._map.chunks:  # an empty file has no chunk that would have made it
+            self._partial.touch(mode=0o600)
         actual = _hash_file(self._partial)
         if actual != self._map.artifact_sha256:
             self._partial.unlink(missing_ok=True)

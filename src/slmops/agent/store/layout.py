@@ -23,6 +23,7 @@ class Layout:
         active               the pointer: the slot whose release is activated
         slots/a.json b.json  which artifacts make up a release
         artifacts/<sha256>   whole files by digest; <sha256>.partial and .bitmap while being fetched
+        views/<slot>/        the files of a variant under their own names, for engines that want them so
         engines/             sockets and logs of running engines
     """
 
@@ -77,6 +78,15 @@ class Layout:
     def engines(self) -> Path:
         """Sockets and logs of engines."""
         return self.root / "engines"
+
+    @property
+    def views(self) -> Path:
+        """Folders of second names."""
+        return self.root / "views"
+
+    def view(self, name: str) -> Path:
+        """The folder of one engine."""
+        return self.views / name
 
     def slot(self, name: SlotName) -> Path:
         """A slot's manifest."""

@@ -22,12 +22,20 @@ SCHEMA = 1
 
 
 class SlotArtifact(msgspec.Struct, frozen=True):
-    """A file that a slot needs: its role, digest, size and (for cut files) the digest of its chunk map."""
+    """A file that a slot needs.
+
+    Attributes:
+        role: what it is; see :class:`Slot`.
+        sha256: its digest; ``bytes``: its size, 0 where it is not told.
+        chunk_map: digest of its chunk map, for files that are cut.
+        path: its name among the variant's files, for engines that want them in a folder (ADR 0015).
+    """
 
     role: str
     sha256: str
     bytes: int
     chunk_map: str = ""
+    path: str = ""
 
 
 class Baseline(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -47,8 +55,9 @@ class Slot(msgspec.Struct, frozen=True, omit_defaults=True):
 
     Attributes:
         assignment: as verified.
-        artifacts: every file of it; roles: ``release``, ``variant``, ``model``, ``chunk-map``, ``golden-pack``,
-            ``golden-expectations``, ``prompt:<name>``, ``adapter:<name>``.
+        artifacts: every file of it; roles: ``release``, ``variant``, ``model``, ``part`` (as many as there are),
+            ``chunk-map`` (one for each of these), ``golden-pack``, ``golden-expectations``, ``prompt:<name>``,
+            ``adapter:<name>``.
         runtime: engine that loads it.
         model_name: name for ``/v1/models``.
         baseline: None until it has committed here.
@@ -67,9 +76,17 @@ class Slot(msgspec.Struct, frozen=True, omit_defaults=True):
         Raises:
             TrustError: the slot has none.
         """
+        return self.artifact(role).sha256
+
+    def artifact(self, role: str) -> SlotArtifact:
+        """The first file with this role.
+
+        Raises:
+            TrustError: the slot has none.
+        """
         for artifact in self.artifacts:
             if artifact.role == role:
-                return artifact.sha256
+                return artifact
         raise TrustError(
             f"the slot of {self.model_name} has no file with role {role}",
             hint="let the control plane assign the release again",

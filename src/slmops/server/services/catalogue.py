@@ -180,6 +180,13 @@ class Catalogue:
                 f"the release says {entry.profile} on {entry.runtime}",
                 hint="build the release again",
             )
+        variant.check_files()
+        if variant.artifact_bytes != entry.artifact_bytes:
+            raise TrustError(
+                f"variant {entry.sha256[:12]} has files of {variant.artifact_bytes} bytes, "
+                f"the release says {entry.artifact_bytes}",
+                hint="build the release again",
+            )
         return variant
 
     def _add(self, release: Release, target_path: str, content: bytes, caller: Caller, now: datetime) -> None:
