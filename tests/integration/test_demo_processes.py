@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from slmops.cli.demo.processes import Processes, slmops_command, start_on_port
 from slmops.cli.demo.scenario import DemoOptions, Scenario
+from slmops.cli.local_fleet.processes import Processes, slmops_command, start_on_port
 from slmops.cli.server.run import READY
 from slmops.core.errors import BusyError
 from slmops.release import Workspace, init_keys

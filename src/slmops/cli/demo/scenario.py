@@ -7,14 +7,11 @@ checks at the end is what it promises at the beginning.
 from __future__ import annotations
 
 import fcntl
-import os
-import secrets
 import shutil
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +23,11 @@ from slmops.cli.build.steps import show_steps
 from slmops.cli.build.tables import print_variants
 from slmops.cli.demo.load import LoadClient, ask, eval_commands
 from slmops.cli.demo.outcome import print_summary, summary_of, unexpected
-from slmops.cli.demo.processes import Processes, slmops_command, start_on_port, wait_for_run_file
+from slmops.cli.local_fleet.fleet import LocalDevice, LocalFleet
 from slmops.cli.output import Progress, megabytes, percent
-from slmops.cli.rollout.printing import print_rollout, progress_line
-from slmops.cli.server.run import READY
-from slmops.client import ControlPlane
+from slmops.cli.rollout.printing import print_rollout
 from slmops.client.records import RolloutDetail
-from slmops.core.errors import BugError, BusyError, DeadlineError, GateError, NotFoundError
-from slmops.core.rollout.machine import ENDED
-from slmops.release import Workspace, create_release, init_keys, open_bundle, publish
+from slmops.core.errors import BugError, BusyError, GateError, NotFoundError
 
 FLEET = (
     ("zero-1", "pi-zero2-512mb"),
@@ -46,7 +39,6 @@ FLEET = (
 )
 CANARY = "pi5-1"
 GOOD, BAD = "1.0.0", "1.0.1"
-_ENDED = frozenset(phase.value for phase in ENDED)
 _ROLLOUT_TIMEOUT_S = 420.0
 #: where the control plane listens unless somebody has it: the commands' default, so that they work without --server
 _SERVER_PORT = 8420
@@ -84,13 +76,7 @@ class Scenario:
             ) from error
         self._run = work / "run"
         shutil.rmtree(self._run, ignore_errors=True)
-        self._run.mkdir(parents=True)
-        self._processes = Processes(self._run / "logs")
-        self._plane: ControlPlane | None = None
-        self._urls: dict[str, str] = {}
-        self._passphrase = secrets.token_urlsafe(24)
-        self._workspace = Workspace(self._run / "keys")
-        self._data = self._run / "server"
+        self._fleet = LocalFleet(self._run)
         self._load: LoadClient | None = None
 
     def run(self) -> dict[str, Any]:
@@ -174,26 +160,17 @@ class Scenario:
         )
 
     def _make_keys(self) -> None:
-        init_keys(self._workspace, self._data, self._passphrase, _now())
+        self._fleet.make_keys()
         click.echo("root and release keys are offline; the control plane only holds its own online key")
 
     def _release(self, build: Path, version: str, waivers: dict[str, str]) -> Path:
-        folder = self._run / "releases" / version
-        bundle = create_release(
-            build,
-            version=version,
-            workspace=self._workspace,
-            passphrase=self._passphrase,
-            waivers=waivers,
-            out_dir=folder,
-            created=_now(),
-        )
+        bundle = self._fleet.release(build, version, waivers)
         click.echo(
             f"signed {bundle.release.model}@{version}, digest {bundle.digest[:16]}, release_seq {bundle.release.release_seq}"
         )
         for waiver in bundle.release.waivers:
             click.secho(f"  waived {waiver.gate}: {waiver.reason}", fg="yellow")
-        return folder
+        return bundle.path
 
     def _waivers_for(self, build: Path) -> dict[str, str]:
         """Waive what the bad build fails: the drill is about what happens after somebody did."""
@@ -209,73 +186,28 @@ class Scenario:
     # ---- control plane and devices -----------------------------------------------------------------------------------
 
     def _start_server(self) -> None:
-        arguments = ("server", "run", "--data-dir", str(self._data), "--poll-s", "1", "--tick-s", "0.5")
-        self._server_url = start_on_port(self._processes, "server", arguments, READY, preferred=_SERVER_PORT)
-        made = subprocess.run(
-            slmops_command(
-                "server",
-                "token",
-                "create",
-                "--data-dir",
-                str(self._data),
-                "--role",
-                "admin",
-                "--name",
-                "demo",
-            ),
-            check=True,
-            capture_output=True,
-            text=True,
+        self._fleet.start_server(_SERVER_PORT, "demo")
+        click.echo(
+            f"control plane: {self._fleet.server_url}  (dashboard; sign in with the token in {self._fleet.token_file})"
         )
-        token = made.stdout.strip()
-        token_file = self._run / "operator-token"
-        token_file.touch(mode=0o600)
-        token_file.write_text(token + "\n", encoding="ascii")
-        self._plane = ControlPlane(self._server_url, token)
-        click.echo(f"control plane: {self._server_url}  (dashboard; sign in with the token in {token_file})")
-
-    @property
-    def plane(self) -> ControlPlane:
-        """The connection to the control plane."""
-        if self._plane is None:
-            raise BugError("the control plane is not started")
-        return self._plane
 
     def _publish(self, bundle: Path) -> None:
-        report = publish(open_bundle(bundle), self.plane, lambda event: None)
+        report = self._fleet.publish(bundle)
         click.echo(f"published: {report.blobs_sent} blobs, {megabytes(report.bytes_sent)} sent")
 
     def _start_devices(self) -> None:
-        for index, (name, profile) in enumerate(FLEET):
-            folder = self._run / "devices" / name
-            token = self.plane.create_device_token(ttl_s=600, uses=1).token
-            labels = ["--label", f"site={'hki' if index % 2 else 'tre'}"] + (
-                ["--label", "canary=always"] if name == CANARY else []
-            )
-            subprocess.run(
-                slmops_command(
-                    "agent",
-                    "enroll",
-                    self._server_url,
-                    "--dir",
-                    str(folder),
-                    "--profile",
-                    profile,
-                    "--name",
+        # an engine of these devices computes with one thread: the default of one core
+        self._fleet.start_devices(
+            [
+                LocalDevice(
                     name,
-                    "--listen",
-                    "127.0.0.1:0",
-                    "--cpu-cores",
-                    "1",  # an engine of these devices computes with one thread
-                    *labels,
-                ),
-                check=True,
-                stdout=subprocess.DEVNULL,
-                env={**os.environ, "SLMOPS_ENROLL_TOKEN": token},
-            )
-            self._processes.start(name, "agent", "run", "--dir", str(folder))
-        for name, _ in FLEET:
-            self._urls[name] = wait_for_run_file(self._run / "devices" / name, self._processes)
+                    profile,
+                    {"site": "hki" if index % 2 else "tre"}
+                    | ({"canary": "always"} if name == CANARY else {}),
+                )
+                for index, (name, profile) in enumerate(FLEET)
+            ]
+        )
         click.echo(f"{len(FLEET)} agents enrolled with one-time tokens and running; canary: {CANARY}")
 
     # ---- rollouts ----------------------------------------------------------------------------------------------------
@@ -286,37 +218,25 @@ class Scenario:
             .read_text(encoding="utf-8")
             .replace(f"version: {GOOD}", f"version: {version}")
         )
-        applied = self.plane.apply_blueprint(text, "blueprint.yaml")
+        applied = self._fleet.apply(text)
         for choice in applied.plan.choices:
             if version == GOOD:
                 click.echo(
                     f"  {choice.device_id}: variant {choice.variant}, {megabytes(choice.artifact_bytes)}, "
                     f"{megabytes(choice.memory_bytes)} of memory"
                 )
-        deadline = time.monotonic() + _ROLLOUT_TIMEOUT_S
-        seen = ""
-        while time.monotonic() < deadline:
-            self._processes.check()
-            found = self.plane.rollout(applied.rollout_id)
-            line = progress_line(found)
-            if line != seen:
-                click.echo(f"  {line}")
-                seen = line
-            if found.phase in _ENDED:
-                print_rollout(found)
-                if version == GOOD:
-                    self._say_limits()
-                return found
-            time.sleep(0.5)
-        raise DeadlineError(
-            f"the rollout of {version} did not end within {_ROLLOUT_TIMEOUT_S:.0f} s",
-            hint=f"see the logs in {self._processes.logs}",
+        found = self._fleet.follow(
+            applied.rollout_id, _ROLLOUT_TIMEOUT_S, say=lambda line: click.echo(f"  {line}")
         )
+        print_rollout(found)
+        if version == GOOD:
+            self._say_limits()
+        return found
 
     def _say_limits(self) -> None:
         """Whether memory and CPU limits are really enforced here, in the runtime's own words."""
         seen: dict[str, None] = {}
-        for device in self.plane.devices():
+        for device in self._fleet.plane.devices():
             for limit, how in device.facts.limits.items():
                 seen[f"{limit} by {how}"] = None
         for text in seen:
@@ -328,7 +248,7 @@ class Scenario:
             for command, gold in eval_commands(self.options.project / "data" / "eval.jsonl")
             if len(command) < 60 and '"slots":{}' not in gold
         )
-        with httpx.Client(base_url=self._urls[CANARY], timeout=120.0, trust_env=False) as client:
+        with httpx.Client(base_url=self._fleet.urls[CANARY], timeout=120.0, trust_env=False) as client:
             answer, release = ask(client, "home-intents", command, stream=True)
         click.echo(
             f"asked {CANARY}: {command!r}\n   answer: {answer}\n   expected: {gold}\n   by release: {release}"
@@ -336,7 +256,7 @@ class Scenario:
 
     def _start_load(self) -> None:
         commands = [command for command, _ in eval_commands(self.options.project / "data" / "eval.jsonl")]
-        self._load = LoadClient(self._urls, "home-intents", commands)
+        self._load = LoadClient(self._fleet.urls, "home-intents", commands)
         self._load.start()
         click.echo("a client now asks all six devices, all the time")
 
@@ -349,7 +269,7 @@ class Scenario:
         self._load = None
         seconds = round(time.monotonic() - self.began, 1)
         described = describe(load_build(build))
-        self.summary = summary_of(described, rollouts, tally, self.plane.devices(), seconds)
+        self.summary = summary_of(described, rollouts, tally, self._fleet.plane.devices(), seconds)
         self.summary["fast"] = self.options.fast
         self._say("summary")
         print_summary(self.summary)
@@ -364,18 +284,18 @@ class Scenario:
         if problems:
             raise GateError(
                 "the demo did not end as it must: " + "; ".join(problems),
-                hint=f"see the logs in {self._processes.logs}",
+                hint=f"see the logs in {self._fleet.processes.logs}",
             )
 
     def keep_up(self) -> None:
         """Keep everything running until Ctrl-C."""
         click.echo(
-            f"\nThe fleet stays up until Ctrl-C.\n  dashboard: {self._server_url} (token: {self._run / 'operator-token'})\n"
-            f"  model:     {self._urls[CANARY]}"
+            f"\nThe fleet stays up until Ctrl-C.\n  dashboard: {self._fleet.server_url} (token: {self._fleet.token_file})\n"
+            f"  model:     {self._fleet.urls[CANARY]}"
         )
         try:
             while True:
-                self._processes.check()
+                self._fleet.processes.check()
                 time.sleep(1.0)
         except KeyboardInterrupt:
             click.echo("stopping")
@@ -384,14 +304,8 @@ class Scenario:
         """Stop whatever runs."""
         if self._load is not None:
             self._load.stop()
-        if self._plane is not None:
-            self._plane.close()
-        self._processes.stop_all()
+        self._fleet.close()
         self._lock.close()
 
     def _say(self, title: str) -> None:
         click.secho(f"\n{title}  [{time.monotonic() - self.began:.0f} s]", bold=True)
-
-
-def _now() -> datetime:
-    return datetime.now(timezone.utc)

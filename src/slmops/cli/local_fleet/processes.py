@@ -1,4 +1,4 @@
-"""Real processes of the demo: one control plane, six agents. All of them are stopped with the demo, however it ends."""
+"""Real processes of a fleet on this machine: a control plane and agents. All of them are stopped with it, however it ends."""
 
 from __future__ import annotations
 

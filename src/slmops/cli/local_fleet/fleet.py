@@ -1,0 +1,198 @@
+"""A control plane and its devices on this machine: keys, server, agents, releases and rollouts, as users run them."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from slmops.cli.local_fleet.processes import Processes, slmops_command, start_on_port, wait_for_run_file
+from slmops.cli.rollout.printing import progress_line
+from slmops.cli.server.run import READY
+from slmops.client import ControlPlane
+from slmops.client.records import BlueprintApplied, RolloutDetail
+from slmops.core.errors import BugError, DeadlineError
+from slmops.core.rollout.machine import ENDED
+from slmops.release import ReleaseBundle, Workspace, create_release, init_keys, open_bundle, publish
+from slmops.release.publish import PublishReport
+
+_ENDED = frozenset(phase.value for phase in ENDED)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalDevice:
+    """One agent on this machine.
+
+    Attributes:
+        name: wished name, also of its folder.
+        profile: device profile; its memory limit is enforced where the machine allows it.
+        labels: for selectors.
+        cpu_cores: share of CPU time of its engines; None for no limit.
+        server_url: where it finds the control plane; empty for the direct way.
+        options: further arguments of ``agent enroll``.
+    """
+
+    name: str
+    profile: str
+    labels: Mapping[str, str]
+    cpu_cores: float | None = 1.0
+    server_url: str = ""
+    options: Sequence[str] = ()
+
+
+class LocalFleet:
+    """One control plane and its devices below ``root``; a folder that was used before is taken over as it is."""
+
+    def __init__(self, root: Path) -> None:
+        """Lay out the folder; nothing is started."""
+        root.mkdir(parents=True, exist_ok=True)
+        self.root = root
+        self.processes = Processes(root / "logs")
+        self.urls: dict[str, str] = {}
+        self.server_url = ""
+        self._passphrase = secrets.token_urlsafe(24)
+        self._workspace = Workspace(root / "keys")
+        self._data = root / "server"
+        self._plane: ControlPlane | None = None
+
+    @property
+    def token_file(self) -> Path:
+        """Where the operator's token is, readable by the owner only."""
+        return self.root / "operator-token"
+
+    @property
+    def plane(self) -> ControlPlane:
+        """The connection to the control plane."""
+        if self._plane is None:
+            raise BugError("the control plane is not started")
+        return self._plane
+
+    def folder(self, device: str) -> Path:
+        """A device's folder."""
+        return self.root / "devices" / device
+
+    # ---- releases ----------------------------------------------------------------------------------------------------
+
+    def make_keys(self) -> None:
+        """Make root and release keys, protected by a passphrase that nobody keeps, and the server's own."""
+        init_keys(self._workspace, self._data, self._passphrase, _now())
+
+    def release(self, build: Path, version: str, waivers: Mapping[str, str]) -> ReleaseBundle:
+        """Sign a build."""
+        return create_release(
+            build,
+            version=version,
+            workspace=self._workspace,
+            passphrase=self._passphrase,
+            waivers=waivers,
+            out_dir=self.root / "releases" / version,
+            created=_now(),
+        )
+
+    def publish(self, bundle: Path) -> PublishReport:
+        """Send a release to the control plane."""
+        return publish(open_bundle(bundle), self.plane, lambda event: None)
+
+    # ---- processes ---------------------------------------------------------------------------------------------------
+
+    def start_server(self, preferred_port: int, admin: str) -> None:
+        """Start the control plane and sign in.
+
+        Args:
+            preferred_port: taken when it is free; 0 takes any.
+            admin: name of the operator that is made.
+        """
+        arguments = ("server", "run", "--data-dir", str(self._data), "--poll-s", "1", "--tick-s", "0.5")
+        self.server_url = start_on_port(self.processes, "server", arguments, READY, preferred=preferred_port)
+        command = (
+            "server",
+            "token",
+            "create",
+            "--data-dir",
+            str(self._data),
+            "--role",
+            "admin",
+            "--name",
+            admin,
+        )
+        made = subprocess.run(slmops_command(*command), check=True, capture_output=True, text=True)
+        token = made.stdout.strip()
+        self.token_file.touch(mode=0o600)
+        self.token_file.write_text(token + "\n", encoding="ascii")
+        self._plane = ControlPlane(self.server_url, token)
+
+    def start_devices(self, devices: Sequence[LocalDevice]) -> None:
+        """Enrol devices with one-time tokens, start their agents, and wait until their gateways listen."""
+        for device in devices:
+            token = self.plane.create_device_token(ttl_s=600, uses=1).token
+            labels = [
+                word for name, value in device.labels.items() for word in ("--label", f"{name}={value}")
+            ]
+            cores = [] if device.cpu_cores is None else ["--cpu-cores", f"{device.cpu_cores:g}"]
+            command = slmops_command(
+                "agent",
+                "enroll",
+                device.server_url or self.server_url,
+                "--dir",
+                str(self.folder(device.name)),
+                "--profile",
+                device.profile,
+                "--name",
+                device.name,
+                "--listen",
+                "127.0.0.1:0",
+                *cores,
+                *labels,
+                *device.options,
+            )
+            environment = {**os.environ, "SLMOPS_ENROLL_TOKEN": token}
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+            self.processes.start(device.name, "agent", "run", "--dir", str(self.folder(device.name)))
+        for device in devices:
+            self.urls[device.name] = wait_for_run_file(self.folder(device.name), self.processes)
+
+    # ---- rollouts ----------------------------------------------------------------------------------------------------
+
+    def apply(self, blueprint: str) -> BlueprintApplied:
+        """Apply a blueprint, given as YAML."""
+        return self.plane.apply_blueprint(blueprint, "blueprint.yaml")
+
+    def follow(self, rollout_id: str, timeout_s: float, say: Callable[[str], None]) -> RolloutDetail:
+        """Wait until a rollout has ended; ``say`` is told every change.
+
+        Raises:
+            BusyError: a process of the fleet ended meanwhile.
+            DeadlineError: the rollout did not end in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        seen = ""
+        while time.monotonic() < deadline:
+            self.processes.check()
+            found = self.plane.rollout(rollout_id)
+            line = progress_line(found)
+            if line != seen:
+                say(line)
+                seen = line
+            if found.phase in _ENDED:
+                return found
+            time.sleep(0.5)
+        raise DeadlineError(
+            f"rollout {rollout_id} did not end within {timeout_s:.0f} s: {seen}",
+            hint=f"see the logs in {self.processes.logs}",
+        )
+
+    def close(self) -> None:
+        """Stop whatever runs."""
+        if self._plane is not None:
+            self._plane.close()
+            self._plane = None
+        self.processes.stop_all()
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc)
