@@ -20,7 +20,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import httpx
 
@@ -77,6 +77,9 @@ class Sockets:
             shutil.rmtree(self.made, ignore_errors=True)
 
 
+_Process = TypeVar("_Process", bound="EngineProcess")
+
+
 class EngineProcess:
     """The `Engine` over a child process. Make it with `spawn`."""
 
@@ -98,8 +101,8 @@ class EngineProcess:
         self._drain.start()
 
     @classmethod
-    def spawn(
-        cls,
+    def spawn(  # noqa: PLR0913 - what a child is made of
+        cls: type[_Process],
         module: str,
         spec: EngineSpec,
         workdir: Path,
@@ -107,7 +110,8 @@ class EngineProcess:
         *,
         environment: Mapping[str, str],
         extra: Mapping[str, object] | None = None,
-    ) -> EngineProcess:
+        sockets: Sockets | None = None,
+    ) -> _Process:
         """Start `python -m module` and hand it its configuration.
 
         Args:
@@ -117,6 +121,7 @@ class EngineProcess:
             limits: made by `limits.prepare`.
             environment: variables to set besides the inherited ones.
             extra: more configuration for this runtime's child.
+            sockets: where to listen, when the caller had to know before.
 
         Raises:
             RuntimeLoadError: `workdir` or the model file does not exist.
@@ -127,7 +132,7 @@ class EngineProcess:
             raise RuntimeLoadError(
                 f"{str(missing)!r} does not exist", hint="check the path", path=str(missing)
             )
-        sockets = Sockets.within(workdir)
+        sockets = sockets or Sockets.within(workdir)
         kept = {key: value for key, value in os.environ.items() if not key.startswith(_REFUSED_ENVIRONMENT)}
         process = subprocess.Popen(
             [sys.executable, "-m", module],
@@ -190,32 +195,20 @@ class EngineProcess:
 
     def rss_bytes(self) -> int:
         """See `Engine`."""
-        return self._status_bytes("VmRSS")
+        return status_bytes(self.pid, "VmRSS")
 
     def peak_rss_bytes(self) -> int:
         """See `Engine`."""
-        self._peak_rss_bytes = max(self._peak_rss_bytes, self._status_bytes("VmHWM"))
+        self._peak_rss_bytes = max(self._peak_rss_bytes, status_bytes(self.pid, "VmHWM"))
         return self._peak_rss_bytes
 
     def private_bytes(self) -> int:
         """See `Engine`."""
-        return self._status_bytes("RssAnon")
+        return status_bytes(self.pid, "RssAnon")
 
     def cpu_s(self) -> float:
         """See `Engine`."""
-        try:
-            stat = Path(f"/proc/{self.pid}/stat").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return 0.0
-        fields = stat.rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def _status_bytes(self, name: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            for line in Path(f"/proc/{self.pid}/status").read_text(encoding="utf-8").splitlines():
-                if line.startswith(f"{name}:"):
-                    return int(line.split()[1]) * 1024
-        return 0
+        return cpu_s(self.pid)
 
     def _read_log(self, stream: IO[bytes]) -> None:
         for line in stream:
@@ -368,6 +361,25 @@ class EngineProcess:
         answer = await self._ask(self._sockets.engine, "/v1/embeddings", {"input": list(texts)})
         rows = sorted(answer["data"], key=lambda row: int(row["index"]))
         return [row["embedding"] for row in rows]
+
+
+def cpu_s(pid: int) -> float:
+    """CPU time of a process, user and system; 0.0 when it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return 0.0
+    fields = stat.rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def status_bytes(pid: int, name: str) -> int:
+    """A memory line of /proc/PID/status, such as VmRSS; 0 when the process is gone."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def _problem(response: httpx.Response) -> str:

@@ -24,7 +24,10 @@ from slmops.runtimes.ports import Engine, EngineLimits, EngineSpec, Runtime
 
 ENTRY_POINT_GROUP = "slmops.runtimes"
 
-BUILT_IN: dict[str, str] = {"llama.cpp": "slmops.runtimes.llama_cpp.adapter:LlamaCppRuntime"}
+BUILT_IN: dict[str, str] = {
+    "llama.cpp": "slmops.runtimes.llama_cpp.adapter:LlamaCppRuntime",
+    "external": "slmops.runtimes.external.adapter:ExternalRuntime",
+}
 
 #: Built-in name to the extra that installs its binding.
 EXTRAS: dict[str, str] = {"llama.cpp": "llama-cpp"}
