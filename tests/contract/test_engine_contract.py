@@ -18,11 +18,13 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.support.stock_server import write_stock_config
 
 from slmops.core.errors import NotFoundError, RuntimeLoadError, SlmopsError, UsageError
 from slmops.runtimes import Engine, EngineLimits, EngineSpec, Runtime, load, open_engine
 from slmops.runtimes.bench import bench_engine
 from slmops.runtimes.connect import engine_client
+from slmops.runtimes.external.config import ENVIRONMENT_VARIABLE
 from slmops.testing.engine import FAKE_RUNTIME, write_fake_model
 
 READY_S = 120.0
@@ -52,7 +54,14 @@ def _llama_predicted(text: str) -> int:
     return int(float(line.split()[1]))
 
 
-@pytest.fixture(params=["fake", pytest.param("llama.cpp", marks=pytest.mark.model)])
+@pytest.fixture(
+    params=[
+        "fake",
+        pytest.param("llama.cpp", marks=pytest.mark.model),
+        pytest.param("external", marks=pytest.mark.model),
+        pytest.param("external-tcp", marks=pytest.mark.model),
+    ]
+)
 def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Harness:
     if request.param == "fake":
         model = write_fake_model(tmp_path / "model.json", {"colours": "Red, green and blue."})
@@ -72,7 +81,10 @@ def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Harness:
             replace(spec, model_path=slow, context_tokens=4096),
         )
     small_model: Path = request.getfixturevalue("small_model")
-    spec = EngineSpec("llama.cpp", small_model, context_tokens=512)
+    if request.param.startswith("external"):
+        config = write_stock_config(tmp_path / "external.json", tcp=request.param.endswith("tcp"))
+        request.getfixturevalue("monkeypatch").setenv(ENVIRONMENT_VARIABLE, str(config))
+    spec = EngineSpec(request.param.partition("-")[0], small_model, context_tokens=512)
 
     def broken_gguf(folder: Path, how: str) -> Path:
         path = folder / f"{how}.gguf"

@@ -17,10 +17,17 @@ from slmops.core.device.profile import BUILTIN_PROFILES, DeviceFacts, DeviceProf
 from slmops.core.errors import SlmopsError
 from slmops.protocol.messages import Bench, Facts
 from slmops.runtimes import load, names
+from slmops.runtimes.external.config import ENVIRONMENT_VARIABLE as EXTERNAL_VARIABLE
 
 #: free disk is reported again only when it moved by this much
 _DISK_STEP_BYTES = 64 << 20
 _FINE_DISK_STEP_BYTES = 1 << 20
+
+
+def use_external_server(layout: Layout) -> None:
+    """Let the runtime `external` find the device's own configuration, where the device has one."""
+    if layout.external.exists():
+        os.environ[EXTERNAL_VARIABLE] = str(layout.external.absolute())
 
 
 def read_facts(layout: Layout, config: DeviceConfig, limits: dict[str, str] | None = None) -> Facts:

@@ -1,9 +1,14 @@
-"""Running golden packs on this device's engine: rendering, tokenising and scoring happen here, judging in the core."""
+"""Running golden packs on this device's engine: rendering, tokenising and scoring happen here, judging in the core.
+
+An engine whose runtime cannot score (some `external` ones) is asked for its answers at temperature 0 in place of that.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+
+import httpx
 
 from slmops.agent.serving import Backend
 from slmops.agent.store.artifacts import ArtifactStore
@@ -22,6 +27,7 @@ from slmops.core.evidence.golden import (
     PairedResult,
     PromptExpectation,
     PromptScore,
+    by_answers,
     judge_own,
     judge_paired,
     keeps_answers,
@@ -72,9 +78,30 @@ def load_pack(store: ArtifactStore, slot: Slot) -> Pack:
     )
 
 
-async def score_pack(engine: Engine, pack: GoldenPack) -> dict[str, PromptScore]:
+async def score_pack(backend: Backend, pack: GoldenPack) -> dict[str, PromptScore]:
     """Score every prompt of a pack: mean log-probability of its answer under this engine, teacher-forced."""
-    return {prompt.id: await _score_prompt(engine, prompt) for prompt in pack.prompts}
+    if not backend.capabilities.score:
+        return {prompt.id: await _ask_prompt(backend, prompt) for prompt in pack.prompts}
+    return {prompt.id: await _score_prompt(backend.engine, prompt) for prompt in pack.prompts}
+
+
+async def _ask_prompt(backend: Backend, prompt: GoldenPrompt) -> PromptScore:
+    """Whether the engine says the answer to the letter, but for space around it, when it takes the likeliest tokens."""
+    body = {
+        "model": backend.slot.model_name,
+        "messages": [{"role": m.role, "content": m.content} for m in prompt.messages],
+        "temperature": 0,
+        "max_tokens": len(prompt.answer.encode())
+        + 1,  # a token is a byte at least; the last may be the end's
+    }
+    try:
+        response = await asyncio.wait_for(
+            backend.client.post("/v1/chat/completions", json=body), PROMPT_TIMEOUT_S
+        )
+        said = response.json()["choices"][0]["message"]["content"] if response.is_success else None
+    except (asyncio.TimeoutError, httpx.HTTPError, ValueError, LookupError, TypeError):
+        said = None
+    return PromptScore("", None, same_answer=isinstance(said, str) and said.strip() == prompt.answer.strip())
 
 
 async def _score_prompt(engine: Engine, prompt: GoldenPrompt) -> PromptScore:
@@ -104,25 +131,25 @@ async def run_probation_packs(
         baseline: what that release kept of its pack when it committed.
         old: its engine, asked only when there is no baseline.
     """
-    scores = await score_pack(candidate.engine, own.pack)
+    scores = await score_pack(candidate, own.pack)
     own_result = judge_own(own.expectations, scores)
     paired: PairedResult | None = None
     if committed is not None:
         kept_before = dict(baseline.kept) if baseline is not None else {}
         if not kept_before and old is not None:
-            kept_before = keeps_answers(committed.expectations, await score_pack(old.engine, committed.pack))
+            kept_before = keeps_answers(committed.expectations, await score_pack(old, committed.pack))
         same = committed.sha256 == own.sha256
-        new_scores = scores if same else await score_pack(candidate.engine, committed.pack)
+        new_scores = scores if same else await score_pack(candidate, committed.pack)
         paired = judge_paired(
             kept_before, keeps_answers(committed.expectations, new_scores), committed.pack.max_drop_ratio
         )
-    report = _report(own_result, paired)
+    report = _report(own_result, paired, by_answers(scores))
     return ProbationResult(report, keeps_answers(own.expectations, scores), _failure(own_result, paired))
 
 
-def _report(own: OwnResult, paired: PairedResult | None) -> GoldenReport:
+def _report(own: OwnResult, paired: PairedResult | None, answers_only: bool) -> GoldenReport:
     if paired is None:
-        return GoldenReport(own.passed, len(own.problems))
+        return GoldenReport(own.passed, len(own.problems), by_answers=answers_only)
     counts = paired.counts
     return GoldenReport(
         own.passed,
@@ -132,6 +159,7 @@ def _report(own: OwnResult, paired: PairedResult | None) -> GoldenReport:
         counts.only_new,
         counts.neither,
         paired.lost,
+        by_answers=answers_only,
     )
 
 

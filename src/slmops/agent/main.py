@@ -27,7 +27,7 @@ from typing import Any
 import msgspec
 import uvicorn
 
-from slmops.agent.facts import read_facts
+from slmops.agent.facts import read_facts, use_external_server
 from slmops.agent.gateway.app import Gateway
 from slmops.agent.gateway.measures import Measures
 from slmops.agent.identity import SCHEMA, DeviceConfig, load_config, make_key, save_config
@@ -46,6 +46,7 @@ from slmops.core.device.machine import Booted, Command, Phase, RevertOrdered, st
 from slmops.core.errors import BusyError, NoSpaceError
 from slmops.protocol.messages import SCHEMA as MESSAGE_SCHEMA
 from slmops.protocol.messages import EnrollRequest
+from slmops.runtimes.external.config import read_config
 
 log = logging.getLogger("slmops.agent")
 
@@ -54,7 +55,10 @@ _SHUTDOWN_S = 10
 
 @dataclass(frozen=True, slots=True)
 class EnrollOptions:
-    """What ``slmops agent enroll`` is given; see ``DeviceConfig`` for the last five."""
+    """What ``slmops agent enroll`` is given; see ``DeviceConfig`` for most of it.
+
+    ``external`` is a file that describes the owner's own server (runtime `external`); it is copied into the folder.
+    """
 
     directory: Path
     server_url: str
@@ -68,6 +72,7 @@ class EnrollOptions:
     cpu_cores: float | None = None
     threads: int = 1
     extra_runtime: str = ""
+    external: Path | None = None
 
 
 def enroll(options: EnrollOptions) -> DeviceConfig:
@@ -77,9 +82,15 @@ def enroll(options: EnrollOptions) -> DeviceConfig:
         TokenError: the token is expired, used up or unknown.
         ConflictError: the folder already holds a device.
         NetworkError: the control plane cannot be reached; nothing but the key was written, and it is used again.
+        UsageError, RuntimeLoadError: what ``external`` describes cannot be used.
     """
     layout = Layout(options.directory)
+    if options.external is not None:
+        read_config(options.external).program()
     layout.make()
+    if options.external is not None:
+        write_atomic(layout.external, options.external.read_bytes(), mode=0o600)
+    use_external_server(layout)
     public_key = make_key(layout)
     config = DeviceConfig(
         schema=SCHEMA,
@@ -130,6 +141,7 @@ def run_agent(directory: Path) -> None:
     layout = Layout(directory.resolve())
     config = load_config(layout)
     layout.make()
+    use_external_server(layout)
     with _exclusive(layout), listening_socket(config) as listener:
         _log_to_stderr(config.device_id)
         asyncio.run(_Agent(layout, config, listener).run())

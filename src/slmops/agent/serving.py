@@ -256,7 +256,7 @@ class EngineKeeper:
             threads=self._config.threads,
             batch_tokens=max(serving.micro_batch_tokens, 64),
             ubatch_tokens=serving.micro_batch_tokens,
-            embeddings=True,
+            embeddings=runtime.capabilities.embeddings_with_chat,
             repack=repack,
             model_alias=slot.model_name,
         )

@@ -111,6 +111,7 @@ class GoldenReport(msgspec.Struct, frozen=True, omit_defaults=True):
         own_passed: prompts of the candidate's own pack that passed; ``own_failed`` those that did not.
         both, only_old, only_new, neither: paired outcomes of the committed release's pack.
         lost: ids that the old model kept and the new one lost.
+        by_answers: the engine gives no log-probabilities: it was judged by its answers at temperature 0, which notices less.
     """
 
     own_passed: Count
@@ -120,6 +121,7 @@ class GoldenReport(msgspec.Struct, frozen=True, omit_defaults=True):
     only_new: Count = 0
     neither: Count = 0
     lost: tuple[str, ...] = ()
+    by_answers: bool = False
 
 
 class OutcomeReport(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from slmops.core.evidence.golden import (
+    OwnResult,
     PairedResult,
     PromptExpectation,
     PromptScore,
@@ -77,3 +78,21 @@ def test_what_the_old_model_lost_already_is_not_held_against_the_new_one() -> No
 
 def test_a_device_without_a_committed_release_has_nothing_to_lose() -> None:
     assert judge_paired({}, {"a": True}, 0.0).ok
+
+
+def answers(*same: bool) -> dict[str, PromptScore]:
+    return {f"p{n}": PromptScore("", None, same_answer=one) for n, one in enumerate(same, 1)}
+
+
+def test_an_engine_without_scores_is_judged_by_its_answers() -> None:
+    """Three of four suffice; fewer name the lost ones; answers that need not be kept do not count."""
+    four = [PromptExpectation(f"p{n}", TOKENS, -0.5, 0.1, -1.0) for n in range(1, 5)]
+    assert judge_own(four, answers(True, True, True, False)) == OwnResult(3, ())
+    failed = judge_own(four, answers(True, True, False, False))
+    assert (failed.ok, failed.passed) == (False, 2)
+    assert failed.problems[0] == "p3: another answer at temperature 0"
+    unsure = [*four[:2], *(PromptExpectation(f"p{n}", TOKENS, -2.0, 0.1, -1000.0) for n in (3, 4))]
+    assert judge_own(unsure, answers(True, True, False, False)).ok
+    assert not judge_own(unsure, answers(True, False, True, True)).ok
+    kept = keeps_answers(unsure, answers(True, False, False, True))
+    assert kept == {"p1": True, "p2": False, "p3": True, "p4": True}

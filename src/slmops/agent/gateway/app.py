@@ -216,6 +216,12 @@ class Gateway:
         texts, encoding = parse_embeddings(body)
         async with self._router.borrow() as backend:
             check_model(body, model_names(backend))
+            if not backend.engine.spec.embeddings:
+                raise BadRequest(
+                    400,
+                    "embeddings are not supported by this device's runtime",
+                    code="unsupported_value",
+                )
             sizes = [len(await backend.engine.tokenize(text)) for text in texts]
             longest = (
                 backend.engine.spec.ubatch_tokens - 2

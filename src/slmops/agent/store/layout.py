@@ -17,6 +17,7 @@ class Layout:
     ::
 
         device.json          identity: who this device is, which control plane it trusts
+        external.json        how to start the owner's own server, where there is one (runtime `external`)
         keys/device.pem      private key, 0600
         tuf/                 trusted metadata, kept by python-tuf
         journal.json         the device machine's state; written before every act
@@ -33,6 +34,11 @@ class Layout:
     def config(self) -> Path:
         """Identity and settings."""
         return self.root / "device.json"
+
+    @property
+    def external(self) -> Path:
+        """The owner's own server."""
+        return self.root / "external.json"
 
     @property
     def key(self) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from slmops.agent.bench import run_bench
+from slmops.agent.facts import use_external_server
 from slmops.agent.identity import load_config
 from slmops.agent.store.layout import Layout
 from slmops.cli.agent.folder import in_folder
@@ -29,6 +30,7 @@ def bench(directory: Path, prompt_tokens: int, decode_tokens: int, repeats: int,
       slmops agent bench --dir /var/lib/slmops-device
     """
     layout = Layout(directory)
+    use_external_server(layout)
     result = asyncio.run(run_bench(layout, load_config(layout), prompt_tokens, decode_tokens, repeats))
     if as_json:
         print_json(result)

@@ -34,6 +34,12 @@ from slmops.core.errors import UsageError
 @click.option("--ram-limit-bytes", type=int, help="Memory that slmops may use.  [default: the profile's]")
 @click.option("--cpu-cores", type=float, help="CPU share of engines.")
 @click.option("--threads", default=1, show_default=True, help="Compute threads of an engine.")
+@click.option(
+    "--external",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Describes your own OpenAI-compatible server, for the runtime external (docs/howto/bring-your-own-server.md).",
+)
 @json_option
 def enroll_command(
     url: str,
@@ -46,6 +52,7 @@ def enroll_command(
     ram_limit_bytes: int | None,
     cpu_cores: float | None,
     threads: int,
+    external: Path | None,
     as_json: bool,
 ) -> None:
     """Enrol this device at the control plane URL. TOKEN "-" reads it from SLMOPS_ENROLL_TOKEN or standard input.
@@ -79,6 +86,7 @@ def enroll_command(
             ram_limit_bytes=ram_limit_bytes or (known.ram_bytes if known is not None else None),
             cpu_cores=cpu_cores,
             threads=threads,
+            external=external,
         )
     )
     if as_json:

@@ -8,6 +8,11 @@ Two questions with two standards (ADR 0004):
 * **committed** pack: the release that the device has proved sets a floor for each answer. Old and new model
   are compared on the same device and the same prompts; the new one may lose at most ``max_drop_ratio`` of
   them. This catches a release that is internally consistent and bad.
+
+An engine that gives no log-probabilities is judged by its **answers**: what it says at temperature 0, against the
+answer in the pack. That notices less (no token ids, no drift below a changed word) and may notice what is no fault: a
+quantised model may choose another word where two are about equally likely. So only answers that a later release must
+keep are judged, and ``SAME_ANSWERS_RATIO`` of them suffice.
 """
 
 from __future__ import annotations
@@ -17,6 +22,11 @@ from dataclasses import dataclass
 
 from slmops.core.evidence.statistics import PairedCounts
 
+#: of the answers judged, so many must be the pack's to the letter, where answers are all that an engine gives
+SAME_ANSWERS_RATIO = 0.75
+#: an answer with a floor below is one that a later release need not keep: no model is that unsure on average
+_NO_FLOOR = -100.0
+
 
 @dataclass(frozen=True, slots=True)
 class PromptScore:
@@ -25,10 +35,12 @@ class PromptScore:
     Attributes:
         tokens_sha256: digest of the token ids that the device made of prompt and answer.
         mean_logprob: mean log-probability per answer token, nats; None when the engine could not score it.
+        same_answer: where an engine cannot score at all: whether it says the answer at temperature 0.
     """
 
     tokens_sha256: str
     mean_logprob: float | None
+    same_answer: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +83,8 @@ class PairedResult:
 
 def judge_own(expectations: Sequence[PromptExpectation], scores: Mapping[str, PromptScore]) -> OwnResult:
     """Judge a candidate by its own pack; a missing score is a failure."""
+    if by_answers(scores):
+        return _judge_answers(expectations, scores)
     problems: list[str] = []
     for expected in expectations:
         score = scores.get(expected.id)
@@ -88,6 +102,20 @@ def judge_own(expectations: Sequence[PromptExpectation], scores: Mapping[str, Pr
     return OwnResult(len(expectations) - len(problems), tuple(problems))
 
 
+def by_answers(scores: Mapping[str, PromptScore]) -> bool:
+    """Whether answers are all that these scores hold."""
+    return any(score.same_answer is not None for score in scores.values())
+
+
+def _judge_answers(expectations: Sequence[PromptExpectation], scores: Mapping[str, PromptScore]) -> OwnResult:
+    sure = [one for one in expectations if one.floor > _NO_FLOOR] or list(expectations)
+    lost = [one.id for one in sure if (score := scores.get(one.id)) is None or not score.same_answer]
+    kept = len(sure) - len(lost)
+    if kept >= SAME_ANSWERS_RATIO * len(sure):
+        return OwnResult(kept, ())
+    return OwnResult(kept, tuple(f"{name}: another answer at temperature 0" for name in lost))
+
+
 def keeps_answers(
     expectations: Sequence[PromptExpectation], scores: Mapping[str, PromptScore]
 ) -> dict[str, bool]:
@@ -95,9 +123,12 @@ def keeps_answers(
     kept: dict[str, bool] = {}
     for expected in expectations:
         score = scores.get(expected.id)
-        kept[expected.id] = (
-            score is not None and score.mean_logprob is not None and score.mean_logprob >= expected.floor
-        )
+        if score is not None and score.same_answer is not None:
+            kept[expected.id] = score.same_answer or expected.floor <= _NO_FLOOR
+        else:
+            kept[expected.id] = (
+                score is not None and score.mean_logprob is not None and score.mean_logprob >= expected.floor
+            )
     return kept
 
 

@@ -107,9 +107,9 @@ def owns_port(pids: Iterable[int], port: int) -> bool:
         return not Path("/proc/net/tcp").exists()
     for pid in pids:
         with contextlib.suppress(OSError):
-            for entry in os.scandir(f"/proc/{pid}/fd"):
+            for name in os.listdir(f"/proc/{pid}/fd"):
                 with contextlib.suppress(OSError):
-                    if os.readlink(entry.path) in inodes:
+                    if os.readlink(f"/proc/{pid}/fd/{name}") in inodes:
                         return True
     return False
 
