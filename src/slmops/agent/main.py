@@ -54,7 +54,7 @@ _SHUTDOWN_S = 10
 
 @dataclass(frozen=True, slots=True)
 class EnrollOptions:
-    """What ``slmops agent enroll`` is given; see ``DeviceConfig`` for the last five."""
+    """What ``slmops agent enroll`` is given; see ``DeviceConfig`` for the last six."""
 
     directory: Path
     server_url: str
@@ -68,6 +68,7 @@ class EnrollOptions:
     cpu_cores: float | None = None
     threads: int = 1
     extra_runtime: str = ""
+    runtimes: tuple[str, ...] = ()
 
 
 def enroll(options: EnrollOptions) -> DeviceConfig:
@@ -94,6 +95,7 @@ def enroll(options: EnrollOptions) -> DeviceConfig:
         cpu_cores=options.cpu_cores,
         threads=options.threads,
         extra_runtime=options.extra_runtime,
+        runtimes=options.runtimes,
     )
     request = EnrollRequest(
         MESSAGE_SCHEMA,
