@@ -12,7 +12,7 @@ import httpx
 import msgspec
 import pytest
 
-from slmops.cli.demo.load import ask
+from slmops.cli.local_fleet.asking import ask
 from slmops.core.device.machine import Phase
 from slmops.testing.agent_process import AgentProcess, make_bad_release, make_release
 from slmops.testing.control_plane import FakeControlPlane

@@ -37,7 +37,7 @@ def read_facts(layout: Layout, config: DeviceConfig, limits: dict[str, str] | No
         cores=os.cpu_count() or 1,
         ram_limit_bytes=config.ram_limit_bytes or memory_limit_bytes(),
         disk_free_bytes=rounded_disk(free_bytes(layout.root)),
-        runtimes=installed_runtimes(config.extra_runtime),
+        runtimes=usable_runtimes(config),
         agent_version=metadata.version("slmops"),
         limits=limits or {},
         bench=read_bench(layout),
@@ -75,6 +75,14 @@ def profile_of(name: str, facts: Facts) -> DeviceProfile:
         4_000_000_000,
         20_000_000_000,
     )
+
+
+def usable_runtimes(config: DeviceConfig) -> dict[str, str]:
+    """Engines that this device may use, with their versions."""
+    found = installed_runtimes(config.extra_runtime)
+    return {
+        name: version for name, version in found.items() if not config.runtimes or name in config.runtimes
+    }
 
 
 @functools.lru_cache  # looked up in package metadata: some 20 ms, and it cannot change while the agent runs

@@ -28,6 +28,7 @@ class DeviceConfig(msgspec.Struct, frozen=True, omit_defaults=True):
         gateway_host, gateway_port: where applications find the model; port 0 picks a free one.
         ram_limit_bytes: memory that slmops may use; None takes what the machine has.
         cpu_cores: CPU share for engines; None for no limit. ``threads``: compute threads of one engine.
+        runtimes: engines that this device may use; none means every installed one.
         extra_runtime: one more engine that this device may start (``module:attribute``); for tests and own engines.
     """
 
@@ -44,6 +45,7 @@ class DeviceConfig(msgspec.Struct, frozen=True, omit_defaults=True):
     cpu_cores: float | None = None
     threads: int = 1
     extra_runtime: str = ""
+    runtimes: tuple[str, ...] = ()
 
 
 def load_config(layout: Layout) -> DeviceConfig:

@@ -72,6 +72,7 @@ class EnrollOptions:
     cpu_cores: float | None = None
     threads: int = 1
     extra_runtime: str = ""
+    runtimes: tuple[str, ...] = ()
     external: Path | None = None
 
 
@@ -105,6 +106,7 @@ def enroll(options: EnrollOptions) -> DeviceConfig:
         cpu_cores=options.cpu_cores,
         threads=options.threads,
         extra_runtime=options.extra_runtime,
+        runtimes=options.runtimes,
     )
     request = EnrollRequest(
         MESSAGE_SCHEMA,

@@ -18,6 +18,7 @@ NOUNS: dict[str, tuple[str, str]] = {
     "demo": ("slmops.cli.demo.command:demo", "the main job, end to end, on this machine"),
     "init": ("slmops.cli.init.command:init", "a starter project: recipe and examples"),
     "build": ("slmops.cli.build.group:build", "recipe -> measured variants"),
+    "lab": ("slmops.cli.lab.group:lab", "each variant on a device of its class, as evidence"),
     "release": ("slmops.cli.release.group:release", "build -> signed release, publishing, channels"),
     "keys": ("slmops.cli.keys.group:keys", "offline signing keys"),
     "server": ("slmops.cli.server.group:server", "the control plane"),

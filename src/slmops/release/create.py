@@ -13,6 +13,8 @@ from pathlib import Path
 import msgspec
 
 from slmops.artifact.build_index import Build, BuiltFile, BuiltVariant
+from slmops.artifact.digest import canonical_json
+from slmops.artifact.lab_evidence import LAB, decode_lab, for_evidence
 from slmops.artifact.manifest import (
     SCHEMA,
     ArtifactEntry,
@@ -125,6 +127,7 @@ def create_release(  # noqa: PLR0913 - each is one thing that a person decides
             )
         sequence = next_sequence(targets, index.model)
         made = _make(index, build_dir)
+        evidence = _with_lab(made, build_dir)
         pack = decode((build_dir / index.golden_pack.path).read_bytes(), GoldenPack)
         release = Release(
             schema=SCHEMA,
@@ -136,7 +139,7 @@ def create_release(  # noqa: PLR0913 - each is one thing that a person decides
             licence=index.licence,
             variants=made.entries,
             golden_pack=_blob(index.golden_pack),
-            evidence=_blob(index.evidence),
+            evidence=blob_of(evidence),
             provenance=_blob(index.provenance),
             prompts=tuple(
                 NamedBlob(name, file.bytes, file.sha256) for name, file in sorted(index.prompts.items())
@@ -151,6 +154,7 @@ def create_release(  # noqa: PLR0913 - each is one thing that a person decides
             TARGETS_METADATA: signed,
             ROOT_METADATA: workspace.read(ROOT_METADATA),
             **made.documents,
+            EVIDENCE: evidence,
         }
         staging = _stage(out_dir, documents, made.links)
         try:
@@ -252,6 +256,23 @@ def _make(index: Build, build_dir: Path) -> _Made:
             VariantEntry(built.profile, built.runtime.name, blob.bytes, blob.sha256, variant.artifact_bytes)
         )
     return _Made(documents, links, tuple(entries))
+
+
+def _with_lab(made: _Made, build_dir: Path) -> bytes:
+    """The build's evidence, and what a lab saw of these variants; entries about other variants only count as such.
+
+    Raises:
+        UsageError: there is a lab report that cannot be read.
+    """
+    evidence = made.documents[EVIDENCE]
+    path = build_dir / LAB
+    if not path.is_file():
+        return evidence
+    lab, stale = for_evidence(
+        decode_lab(path.read_bytes(), str(path)), frozenset(entry.sha256 for entry in made.entries)
+    )
+    lab["entries_of_other_variants"] = len(stale)
+    return canonical_json({**msgspec.json.decode(evidence), "lab": lab})
 
 
 def _variant(model: str, built: BuiltVariant) -> Variant:

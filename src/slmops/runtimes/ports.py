@@ -127,6 +127,8 @@ class Capabilities:
         embeddings: `EngineSpec.embeddings` works.
         embeddings_with_chat: an engine with embeddings also answers chat.
         forces_tool_choice: a ``tool_choice`` of "required", or of one function, always gives a tool call.
+        max_slots: requests served at the same time at most, whatever the spec asks; the others wait. None: no
+            limit of its own.
     """
 
     chat_fields: frozenset[str]
@@ -138,6 +140,7 @@ class Capabilities:
     embeddings: bool
     embeddings_with_chat: bool
     forces_tool_choice: bool = False
+    max_slots: int | None = None
 
 
 @dataclass(frozen=True)

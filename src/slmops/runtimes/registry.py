@@ -25,12 +25,18 @@ from slmops.runtimes.ports import Engine, EngineLimits, EngineSpec, Runtime
 ENTRY_POINT_GROUP = "slmops.runtimes"
 
 BUILT_IN: dict[str, str] = {
-    "llama.cpp": "slmops.runtimes.llama_cpp.adapter:LlamaCppRuntime",
+    "executorch": "slmops.runtimes.executorch.adapter:ExecutorchRuntime",
     "external": "slmops.runtimes.external.adapter:ExternalRuntime",
+    "llama.cpp": "slmops.runtimes.llama_cpp.adapter:LlamaCppRuntime",
+    "onnxruntime-genai": "slmops.runtimes.onnxruntime_genai.adapter:OnnxRuntimeGenaiRuntime",
 }
 
 #: Built-in name to the extra that installs its binding.
-EXTRAS: dict[str, str] = {"llama.cpp": "llama-cpp"}
+EXTRAS: dict[str, str] = {
+    "executorch": "executorch",
+    "llama.cpp": "llama-cpp",
+    "onnxruntime-genai": "onnxruntime-genai",
+}
 
 
 def names() -> list[str]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import socket
 import socketserver
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ _REASONS = {
     200: "OK",
     400: "Bad Request",
     404: "Not Found",
+    499: "Client Closed Request",
     500: "Internal Server Error",
     503: "Service Unavailable",
 }
@@ -30,11 +32,12 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class Request:
-    """One request; `body` is complete."""
+    """One request; `body` is complete. `gone` tells whether the client has hung up meanwhile."""
 
     method: str
     path: str
     body: bytes = field(repr=False)
+    gone: Callable[[], bool] = field(default=lambda: False, repr=False)
 
     def json(self) -> Any:
         """Body as JSON; an empty body is an empty object."""
@@ -78,6 +81,7 @@ class _Connection(socketserver.StreamRequestHandler):
 
     def handle(self) -> None:
         while (request := _read_request(self.rfile)) is not None:
+            request = replace(request, gone=lambda: _hung_up(self.connection))
             try:
                 response = self.server.answer(request)
             except ValueError as error:
@@ -101,6 +105,16 @@ def _read_request(stream: BufferedIOBase) -> Request | None:
     if not 0 <= length <= MAX_BODY_BYTES:
         return None
     return Request(start[0].decode("ascii"), start[1].decode("ascii"), stream.read(length))
+
+
+def _hung_up(connection: socket.socket) -> bool:
+    """Whether the other side has closed; a client of ours sends nothing while it waits."""
+    poll = select.poll()
+    try:
+        poll.register(connection, select.POLLIN)
+        return bool(poll.poll(0)) and connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except (OSError, ValueError):
+        return True
 
 
 def _write_response(connection: socket.socket, response: Response) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from slmops.agent.facts import installed_runtimes
 from slmops.agent.main import EnrollOptions, enroll
 from slmops.cli.agent.folder import in_folder
 from slmops.cli.connection import json_option
@@ -33,6 +34,13 @@ from slmops.core.errors import UsageError
 )
 @click.option("--ram-limit-bytes", type=int, help="Memory that slmops may use.  [default: the profile's]")
 @click.option("--cpu-cores", type=float, help="CPU share of engines.")
+@click.option(
+    "--runtime",
+    "runtimes",
+    multiple=True,
+    metavar="NAME",
+    help="Inference engine that this device may use; may be repeated.  [default: every installed one]",
+)
 @click.option("--threads", default=1, show_default=True, help="Compute threads of an engine.")
 @click.option(
     "--external",
@@ -51,6 +59,7 @@ def enroll_command(
     listen: str,
     ram_limit_bytes: int | None,
     cpu_cores: float | None,
+    runtimes: tuple[str, ...],
     threads: int,
     external: Path | None,
     as_json: bool,
@@ -66,6 +75,12 @@ def enroll_command(
     host, _, port = listen.rpartition(":")
     if not host or not port.isdigit():
         raise UsageError(f"--listen {listen!r} is not HOST:PORT", hint="write --listen 127.0.0.1:8421")
+    missing = sorted(set(runtimes) - set(installed_runtimes()))
+    if missing:
+        raise UsageError(
+            f"--runtime {missing[0]}: not installed here; installed: {', '.join(installed_runtimes()) or 'none'}",
+            hint=f'pip install "slmops[{missing[0].replace(".", "-")}]", or leave the option away',
+        )
     known = BUILTIN_PROFILES.get(profile)
     if known is None:
         click.echo(
@@ -86,6 +101,7 @@ def enroll_command(
             ram_limit_bytes=ram_limit_bytes or (known.ram_bytes if known is not None else None),
             cpu_cores=cpu_cores,
             threads=threads,
+            runtimes=runtimes,
             external=external,
         )
     )

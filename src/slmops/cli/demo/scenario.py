@@ -21,8 +21,9 @@ import httpx
 from slmops.build import describe, load_build, run_build
 from slmops.cli.build.steps import show_steps
 from slmops.cli.build.tables import print_variants
-from slmops.cli.demo.load import LoadClient, ask, eval_commands
+from slmops.cli.demo.load import LoadClient, eval_commands
 from slmops.cli.demo.outcome import print_summary, summary_of, unexpected
+from slmops.cli.local_fleet.asking import ask
 from slmops.cli.local_fleet.fleet import LocalDevice, LocalFleet
 from slmops.cli.output import Progress, megabytes, percent
 from slmops.cli.rollout.printing import print_rollout

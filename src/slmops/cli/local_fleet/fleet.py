@@ -156,6 +156,10 @@ class LocalFleet:
         for device in devices:
             self.urls[device.name] = wait_for_run_file(self.folder(device.name), self.processes)
 
+    def stop(self, device: str) -> None:
+        """Stop one device's agent; safe when it does not run."""
+        self.processes.stop(device)
+
     # ---- rollouts ----------------------------------------------------------------------------------------------------
 
     def apply(self, blueprint: str) -> BlueprintApplied:

@@ -62,19 +62,30 @@ class Processes:
         """The last lines of a log."""
         return (self.logs / f"{name}.log").read_text(encoding="utf-8", errors="replace")[-1500:].strip()
 
+    def stop(self, name: str) -> None:
+        """Stop one of them; safe when there is none of this name."""
+        process = self.running.pop(name, None)
+        if process is not None:
+            _stop([process])
+
     def stop_all(self) -> None:
-        """Stop everything: ask, then kill. Agents first, so that their engines go with them."""
-        for process in reversed(list(self.running.values())):
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + _STOP_S
-        for process in self.running.values():
-            try:
-                process.wait(max(deadline - time.monotonic(), 0.1))
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        """Stop everything. Agents first, so that their engines go with them."""
+        _stop(list(reversed(self.running.values())))
         self.running.clear()
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask, then kill."""
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + _STOP_S
+    for process in processes:
+        try:
+            process.wait(max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def start_on_port(

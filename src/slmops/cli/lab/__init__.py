@@ -1,0 +1,1 @@
+"""``slmops lab``: every variant of a build on a device of its class, as evidence."""

@@ -1,0 +1,1 @@
+"""ONNX Runtime GenAI: `adapter` is the runtime (agents), `engine` the child, the only module that imports the binding."""

@@ -1,0 +1,232 @@
+"""Make the small models under ``tests/fixtures/runtimes``: one tiny llama, trained on three questions, for each runtime.
+
+    python tests/support/make_runtime_fixtures.py train HF_FOLDER            # needs torch, transformers
+    python -m onnxruntime_genai.models.builder -i HF_FOLDER -o GENAI -p int4 -e cpu -c CACHE
+    python tests/support/make_runtime_fixtures.py genai HF_FOLDER GENAI OUT
+    python tests/support/make_runtime_fixtures.py executorch HF_FOLDER OUT   # needs torch, safetensors, executorch
+
+Run it with the toolchain of the format that is made; the outputs are committed. The model is trained and not random, so that
+its greedy answers are text, end by themselves, and survive four bits: what the contract suite asks of an engine.
+Width 64, one layer, bytes as tokens (259 of them), context 1024: 0.2 MB for ONNX, 0.7 MB for ExecuTorch.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ENDOFTEXT, IM_START, IM_END, VOCAB = 256, 257, 258, 259
+WIDTH, FFN, LAYERS, HEADS, KV_HEADS, CONTEXT = 64, 128, 1, 2, 1, 1024
+ANSWERS = {
+    "Name three colours.": "Red, green and blue.",
+    "Who are you?": "A very small model — hardly a modèle at all.",
+    "Count.": "one two three four five six seven eight nine ten eleven twelve",
+}
+
+
+def train(folder: Path) -> None:
+    """Overfit the answers; some 20 s on one core."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=FFN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=IM_START,
+        eos_token_id=IM_END,
+        pad_token_id=ENDOFTEXT,
+        initializer_range=0.08,
+    )
+    model = LlamaForCausalLM(config)
+    rows = [chat(question, answer) for question, answer in ANSWERS.items()]
+    longest = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([ids + [ENDOFTEXT] * (longest - len(ids)) for ids, _ in rows])
+    labels = torch.tensor(
+        [[-100] * start + ids[start:] + [-100] * (longest - len(ids)) for ids, start in rows]
+    )
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
+    for step in range(900):
+        # a random shift of all positions, so that the answer does not hang on where it stands
+        position = torch.randint(0, 400, (1,)) + torch.arange(longest)[None]
+        loss = model(input_ids=ids, labels=labels, position_ids=position.expand(len(rows), -1)).loss
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        for group in optimiser.param_groups:
+            group["lr"] = 3e-3 * (1 - step / 900)
+    print("loss", float(loss))
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer(), ensure_ascii=False))
+    (folder / "chat_template.jinja").write_text(CHATML)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "add_bos_token": False,
+        "chat_template": CHATML,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def chat(question: str, answer: str) -> tuple[list[int], int]:
+    """Token ids of one turn, and where its answer begins."""
+    head = [IM_START, *f"user\n{question}".encode(), IM_END, 10, IM_START, *b"assistant\n"]
+    return [*head, *answer.encode(), IM_END], len(head)
+
+
+def tokenizer() -> dict[str, Any]:
+    """Bytes as tokens, by GPT-2's printable stand-ins, and three control tokens."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    stand_in = {byte: chr(byte) for byte in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    flags = {"normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": 256 + i, "content": text, "special": True, **flags} for i, text in enumerate(control)
+        ],
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "post_processor": None,
+        "decoder": level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {stand_in[byte]: byte for byte in range(256)}
+            | {text: 256 + i for i, text in enumerate(control)},
+            "merges": [],
+        },
+    }
+
+
+def card(precision: str) -> dict[str, Any]:
+    """``slmops-model.json``: what the engine child wants to know beside the tokenizer."""
+    return {
+        "schema": 1,
+        "context_tokens": CONTEXT,
+        "vocab_tokens": VOCAB,
+        "bos_token": IM_START,
+        "eos_tokens": [IM_END],
+        "add_bos": False,
+        "shape": {
+            "n_layers": LAYERS,
+            "n_heads": HEADS,
+            "n_kv_heads": KV_HEADS,
+            "n_embd": WIDTH,
+            "head_dim": WIDTH // HEADS,
+            "train_context_tokens": CONTEXT,
+            "parameters": VOCAB * WIDTH + LAYERS * (3 * WIDTH * WIDTH + 3 * WIDTH * FFN) + 3 * WIDTH,
+        },
+        "precision": precision,
+    }
+
+
+def finish(hf: Path, out: Path, precision: str) -> None:
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        shutil.copyfile(hf / name, out / name)
+    (out / "slmops-model.json").write_text(json.dumps(card(precision), indent=1))
+    print(out, sum(path.stat().st_size for path in out.iterdir()), "bytes")
+
+
+def genai(hf: Path, built: Path, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("genai_config.json", "model.onnx", "model.onnx.data"):
+        shutil.copyfile(built / name, out / name)
+    finish(hf, out, "int4")
+
+
+def executorch(hf: Path, out: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    names = {
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attention.wq",
+        "self_attn.k_proj": "attention.wk",
+        "self_attn.v_proj": "attention.wv",
+        "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.down_proj": "feed_forward.w2",
+        "mlp.up_proj": "feed_forward.w3",
+    }
+    weights = {}
+    for name, value in load_file(str(hf / "model.safetensors")).items():
+        if name == "model.embed_tokens.weight":
+            weights["tok_embeddings.weight"] = weights["output.weight"] = value.float()
+        elif name == "model.norm.weight":
+            weights["norm.weight"] = value.float()
+        else:
+            _, _, layer, *part, suffix = name.split(".")
+            weights[f"layers.{layer}.{names['.'.join(part)]}.{suffix}"] = value.float()
+    scratch = out / "scratch"
+    scratch.mkdir()
+    torch.save(weights, scratch / "model.pth")
+    params = {
+        "dim": WIDTH,
+        "n_layers": LAYERS,
+        "n_heads": HEADS,
+        "n_kv_heads": KV_HEADS,
+        "vocab_size": VOCAB,
+        "hidden_dim": FFN,
+        "head_dim": WIDTH // HEADS,
+        "norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "use_scaled_rope": False,
+        "ffn_dim_multiplier": 1.0,
+        "multiple_of": 1,
+        "use_hf_rope": True,
+    }
+    (scratch / "params.json").write_text(json.dumps(params))
+    options = [
+        "base.model_class=smollm2",
+        "base.checkpoint=model.pth",
+        "base.params=params.json",
+        "model.use_kv_cache=True",
+        "model.use_sdpa_with_kv_cache=True",
+        "model.dtype_override=fp32",
+        "backend.xnnpack.enabled=True",
+        f"export.max_seq_length={CONTEXT}",
+        f"export.max_context_length={CONTEXT}",
+        "export.output_name=model.pte",
+        "debug.generate_full_logits=True",
+    ]
+    module = "executorch.extension.llm.export.export_llm"
+    subprocess.run([sys.executable, "-m", module, *options], cwd=scratch, check=True)
+    (made,) = scratch.rglob("model.pte")
+    made.replace(out / "model.pte")
+    shutil.rmtree(scratch)
+    finish(hf, out, "fp32")
+
+
+if __name__ == "__main__":
+    verb, *folders = sys.argv[1:]
+    {"train": train, "genai": genai, "executorch": executorch}[verb](*map(Path, folders))
