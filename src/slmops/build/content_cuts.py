@@ -1,7 +1,7 @@
-"""The cuts of :mod:`slmops.artifact.fastcdc`, several times as fast: a build cuts files of hundreds of megabytes, a device never does.
+"""The cuts of :mod:`slmops.artifact.fastcdc`, several times as fast: builds cut files of hundreds of megabytes.
 
-The gear hash at a byte is a sum over the 64 bytes up to it, so it can be taken for all bytes at once by doubling: of 1, 2, 4 ... 64
-bytes. Only the first 63 bytes that a chunk looks at see fewer, because each chunk's hash begins anew.
+The gear hash at a byte is a sum over the 64 bytes up to it, so it can be taken for all bytes at once by doubling: of 1, 2, 4
+... 64 bytes. Only the first 63 bytes that a chunk looks at see fewer, because each chunk's hash begins anew.
 """
 
 from __future__ import annotations

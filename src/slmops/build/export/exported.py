@@ -21,8 +21,8 @@ from slmops.build.export.toolchain import ensure, toolchain
 from slmops.build.files import link_or_copy, sha256_of_file
 from slmops.build.graph import StepContext
 
-#: input files of a step that belong to the exported variant carry this before their names
-ROLE = "variant/"
+#: files of an export step that belong to the variant carry this before their names
+ROLE = "variant--"
 LOG = "tool.log"
 SESSION_LIMIT_S = 3600.0
 #: cache folder that toolchains are made in: told by the environment, because where it lies is no part of a result
@@ -56,14 +56,17 @@ def digest_of_files(files: Mapping[str, str]) -> str:
 def exported(context: StepContext) -> Iterator[Exported]:
     """The variant among a step's inputs. Params of the step: ``runtime``, ``precision``."""
     form = format_of(context.params["runtime"], context.params["precision"])
-    parts = {
-        name.removeprefix(ROLE): path for name, path in context.files.items() if name.startswith(ROLE)
-    }
+    parts = {name.removeprefix(ROLE): path for name, path in context.files.items() if name.startswith(ROLE)}
     with tempfile.TemporaryDirectory(prefix=".variant-", dir=context.out) as made:
         folder = Path(made)
         for name, path in parts.items():
             link_or_copy(path, folder / name)
-        yield Exported(form, folder, folder / form.model, digest_of_files({n: sha256_of_file(p) for n, p in parts.items()}))
+        yield Exported(
+            form,
+            folder,
+            folder / form.model,
+            digest_of_files({n: sha256_of_file(p) for n, p in parts.items()}),
+        )
 
 
 @contextmanager
@@ -83,12 +86,21 @@ def session(context: StepContext, variant: Exported) -> Iterator[tuple[ToolProce
         "precision": form.precision,
     }
     with ToolProcess(
-        interpreter, form.tool, request, context.out / LOG, memory_bytes=memory_limit(), limit_s=SESSION_LIMIT_S
+        interpreter,
+        form.tool,
+        request,
+        context.out / LOG,
+        memory_bytes=memory_limit(),
+        limit_s=SESSION_LIMIT_S,
     ) as tool:
         yield tool, tool.result()
 
 
 def interpreter_of(form: Format, context: StepContext) -> Path:
     """The toolchain's interpreter; the toolchain is made when it is not there."""
-    cache = context.memo.parent if context.memo is not None else Path(os.environ.get(TOOLCHAINS_VARIABLE, ".slmops-cache"))
+    cache = (
+        context.memo.parent
+        if context.memo is not None
+        else Path(os.environ.get(TOOLCHAINS_VARIABLE, ".slmops-cache"))
+    )
     return ensure(toolchain(form.toolchain), cache.absolute(), lambda note: context.progress(None, note))

@@ -128,8 +128,14 @@ REFUSED: dict[tuple[str, str], str] = {
     ("litert", "int4"): "channelwise int4 answers badly (perplexity 44.8 where fp32 has 9.6): take int8",
     ("pytorch-mobile", "int8"): "dynamic int8 answers badly (perplexity 31.3 where fp32 has 9.6): take "
     "runtime: executorch, its successor",
-    ("executorch", "int4"): "its 4-bit form is called 8da4w (8-bit activations, 4-bit weights): write precision: 8da4w",
-    ("openvino", "int4"): "OpenVINO's import of GGUF loses weights (KL 0.25 nats a token): take onnxruntime-genai",
+    (
+        "executorch",
+        "int4",
+    ): "its 4-bit form is called 8da4w (8-bit activations, 4-bit weights): write precision: 8da4w",
+    (
+        "openvino",
+        "int4",
+    ): "OpenVINO's import of GGUF loses weights (KL 0.25 nats a token): take onnxruntime-genai",
 }
 
 #: options that the onnxruntime-genai builder takes with exit code 0, for files that then do not load
@@ -149,7 +155,8 @@ def format_of(runtime: str, precision: str | None) -> Format:
     """The format of a target.
 
     Args:
-        runtime: its name; ``precision``: None takes the runtime's smallest that is served.
+        runtime: its name.
+        precision: None takes the runtime's usual one.
 
     Raises:
         DocumentError: no such format, or one that is known to give bad files.
@@ -173,7 +180,12 @@ def format_of(runtime: str, precision: str | None) -> Format:
     )
 
 
-_DEFAULT_PRECISION = {"onnxruntime-genai": "int4", "litert-lm": "int8", "litert": "int8", "executorch": "fp32"}
+_DEFAULT_PRECISION = {
+    "onnxruntime-genai": "int4",
+    "litert-lm": "int8",
+    "litert": "int8",
+    "executorch": "fp32",
+}
 
 
 def refuse_options(runtime: str, options: Mapping[str, str]) -> None:

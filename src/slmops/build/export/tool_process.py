@@ -1,7 +1,7 @@
 """Our side of the toolchain protocol: one subprocess, limits on its memory and time, its log kept.
 
-What it says on stdout is JSON lines (``tools/tool_protocol.py``); everything else that it and its libraries write is the log, whose
-end is shown when it fails.
+What it says on stdout is JSON lines (``tools/tool_protocol.py``); everything else that it and its libraries write is the
+log, whose end is shown when it fails.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from slmops.core.errors import BuildError, DeadlineError, NoMemoryError, UsageError
 from slmops.runtimes.limits import prepare
 from slmops.runtimes.ports import EngineLimits
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 TOOLS = Path(__file__).parent / "tools"
@@ -59,7 +60,7 @@ class ToolProcess:
         limit_s: seconds after which it is killed.
     """
 
-    def __init__(  # noqa: PLR0913 - one process
+    def __init__(
         self,
         interpreter: Path,
         tool: str,
@@ -73,7 +74,10 @@ class ToolProcess:
         self._scratch = tempfile.TemporaryDirectory(prefix="slmops-tool-")
         self._limits = prepare(EngineLimits(memory_bytes=memory_bytes))
         child = self._limits.child
-        told = {**request, "limits": {"cgroup_procs": child.cgroup_procs, "private_bytes": child.private_bytes}}
+        told = {
+            **request,
+            "limits": {"cgroup_procs": child.cgroup_procs, "private_bytes": child.private_bytes},
+        }
         path = Path(self._scratch.name) / "request.json"
         path.write_text(json.dumps(told), encoding="utf-8")
         environment = {name: value for name, value in os.environ.items() if name not in _OURS} | _ENVIRONMENT
@@ -133,8 +137,6 @@ class ToolProcess:
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits at every position, shape (n, vocabulary)."""
-        import numpy as np  # a build has it
-
         path = Path(self._scratch.name) / "logits.bin"
         shape = self.ask(op="logits", token_ids=list(token_ids), file=str(path))
         return np.fromfile(path, dtype=np.float32).reshape(shape)

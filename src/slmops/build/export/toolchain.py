@@ -181,7 +181,12 @@ def _run(command: list[str], wanted: Toolchain, what: str) -> None:
     with tempfile.TemporaryFile() as log:
         try:
             subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=True, timeout=_INSTALL_LIMIT_S
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                check=True,
+                timeout=_INSTALL_LIMIT_S,
             )
             return
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
@@ -240,7 +245,9 @@ def _only_one(path: Path) -> Iterator[None]:
 
 
 def _pins(source: Path) -> list[str]:
-    lines = (line.partition("#")[0].strip() for line in (source / LOCK).read_text(encoding="utf-8").splitlines())
+    lines = (
+        line.partition("#")[0].strip() for line in (source / LOCK).read_text(encoding="utf-8").splitlines()
+    )
     return [line for line in lines if line]
 
 

@@ -1,11 +1,12 @@
 """The unquantised reference (GGUF) as a Hugging Face directory: what the exporters of other runtimes read.
 
 The inverse of :mod:`slmops.build.steps.convert`, for the Llama family. Matrices stay F16 and vectors F32, as the reference has
-them: nothing is rounded. Rotary rows go back from pairs to halves. What the exporters would carry over wrongly is refused by name.
+them: nothing is rounded. Rotary rows go back from pairs to halves. What the exporters would carry over wrongly is refused by
+name.
 
-The tokenizer is written from the GGUF's own metadata, so that a trimmed vocabulary or a changed template is carried on: byte-level
-BPE with a pre-tokenizer that has a name (:data:`slmops.build.hf.tokenizer.PRE_TOKENIZERS`). Whether a runtime's own reader of
-``tokenizer.json`` then gives the same ids is for :mod:`slmops.build.parity` to prove.
+The tokenizer is written from the GGUF's own metadata, so that a trimmed vocabulary or a changed template is carried on:
+byte-level BPE with a pre-tokenizer that has a name (:data:`slmops.build.hf.tokenizer.PRE_TOKENIZERS`). Whether a runtime's
+own reader of ``tokenizer.json`` then gives the same ids is for :mod:`slmops.build.parity` to prove.
 
 Source: the safetensors format; Hugging Face's ``tokenizers`` serialisation; llama.cpp ``src/llama-vocab.cpp``.
 """
@@ -52,7 +53,19 @@ _FIXED = {
 _PLAIN = {"F16": "F16", "F32": "F32", "BF16": "BF16"}
 _LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 _STRING, _ARRAY, _BOOL = 8, 9, 7
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
 
 
 @dataclass(frozen=True)
@@ -386,9 +399,7 @@ def _hf_name(name: str) -> str:
     parts = name.split(".")
     if len(parts) == 4 and parts[0] == "blk" and parts[2] in _NAMES:
         return f"model.layers.{parts[1]}.{_NAMES[parts[2]]}.{parts[3]}"
-    raise BaseModelError(
-        f"tensor {name!r} is none of llama's", hint="give this target runtime: llama.cpp"
-    )
+    raise BaseModelError(f"tensor {name!r} is none of llama's", hint="give this target runtime: llama.cpp")
 
 
 def _write_weights(

@@ -1,7 +1,7 @@
 """The comparisons: ids, template bytes, special tokens, stop tokens, greedy answers, divergences. Pure arithmetic.
 
-Every comparison tells the first difference, and its cause where that is known: a prompt begun twice, a space that one side adds,
-control tokens read as text.
+Every comparison tells the first difference, and its cause where that is known: a prompt begun twice, a space that one side
+adds, control tokens read as text.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def same_ids(
     where = next(
         (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
     )
-    first = f"{texts[at][:_SHOWN]!r}: at token {where} source has {ours[where:where + 4]}, export {theirs[where:where + 4]}"
+    first = f"{texts[at][:_SHOWN]!r}: at token {where} source has {ours[where : where + 4]}, export {theirs[where : where + 4]}"
     cause = cause_of_ids(ours, theirs, bos=bos, special=special, text=texts[at])
     return Check("token ids", False, len(texts), len(differing), first, cause)
 
@@ -103,10 +103,10 @@ def cause_of_ids(
         return "the export adds BOS where the source adds none"
     if bos is not None and ours == [bos, *theirs]:
         return "the export leaves out BOS, which the source adds"
-    if any(token in special for token in ours) and not any(token in special for token in theirs):
-        return "control tokens in the text are read as plain text by the export"
-    if any(token in special for token in theirs) and not any(token in special for token in ours):
-        return "plain text is read as control tokens by the export"
+    here, there = (any(token in special for token in ids) for ids in (ours, theirs))
+    if here != there:
+        read = ("control tokens in the text", "plain text") if here else ("plain text", "control tokens")
+        return f"{read[0]} is read as {read[1]} by the export"
     if theirs[1:] == ours[1:] and len(theirs) == len(ours) and text[:1] not in (" ", ""):
         return "the export puts a space before the text"
     if not theirs and ours:
@@ -124,10 +124,12 @@ def same_template(
     if not differing:
         return Check("chat template", True, len(conversations))
     ours, theirs = source[differing[0]], export[differing[0]]
-    where = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    where = next(
+        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+    )
     first = (
-        f"conversation {differing[0]}: at character {where} source has {ours[where:where + _SHOWN]!r}, "
-        f"export {theirs[where:where + _SHOWN]!r}"
+        f"conversation {differing[0]}: at character {where} source has {ours[where : where + _SHOWN]!r}, "
+        f"export {theirs[where : where + _SHOWN]!r}"
     )
     cause = ""
     if bos_text and theirs == bos_text + ours:
@@ -156,12 +158,16 @@ def _ids(value: Any) -> Any:
 
 
 def same_answers(
-    source: Sequence[Sequence[int]], export: Sequence[Sequence[int]], *, first_tokens: int, margins: Sequence[float]
+    source: Sequence[Sequence[int]],
+    export: Sequence[Sequence[int]],
+    *,
+    first_tokens: int,
+    margins: Sequence[float],
 ) -> Check:
     """Greedy answers: the first tokens of each, as many as the precision's threshold asks for.
 
-    An answer that parts from the source's where the two likeliest tokens were nearly even (within ``_EVEN_NATS``) is no difference:
-    any change of the last bit may turn it.
+    An answer that parts from the source's where the two likeliest tokens were nearly even (within ``_EVEN_NATS``) is no
+    difference: any change of the last bit may turn it.
 
     Args:
         source: ids of each answer; ``export``: the same.
@@ -172,19 +178,22 @@ def same_answers(
     agreed = [_common(a, b) for a, b in zip(source, export, strict=True)]
     needed = [min(first_tokens, len(answer)) for answer in source]
     differing = [
-        at for at, (have, need) in enumerate(zip(agreed, needed, strict=True)) if have < need and margins[at] > _EVEN_NATS
+        at
+        for at, (have, need) in enumerate(zip(agreed, needed, strict=True))
+        if have < need and margins[at] > _EVEN_NATS
     ]
     lengths = sum(len(answer) for answer in source)
     figures = {
         "same_prefix_ratio": sum(agreed) / lengths if lengths else 1.0,
-        "identical_ratio": sum(list(a) == list(b) for a, b in zip(source, export, strict=True)) / max(len(source), 1),
+        "identical_ratio": sum(list(a) == list(b) for a, b in zip(source, export, strict=True))
+        / max(len(source), 1),
     }
     if not differing:
         return Check("greedy text", True, len(source), figures=figures)
     at = differing[0]
     first = (
-        f"answer {at}: parts after {agreed[at]} tokens (source {list(source[at])[agreed[at]:agreed[at] + 3]}, "
-        f"export {list(export[at])[agreed[at]:agreed[at] + 3]}), where the source is {margins[at]:.2f} nats surer of its own"
+        f"answer {at}: parts after {agreed[at]} tokens (source {list(source[at])[agreed[at] : agreed[at] + 3]}, "
+        f"export {list(export[at])[agreed[at] : agreed[at] + 3]}), where the source is {margins[at]:.2f} nats surer of its own"
     )
     return Check("greedy text", False, len(source), len(differing), first, figures=figures)
 
@@ -267,7 +276,9 @@ def same_in_steps(whole: NDArray[np.float32], last: Sequence[int], made: Sequenc
     if not left:
         return Check("decoding", True, len(made))
     first = f"prompt {left[0]}: a whole pass says {made[left[0]]}, decoding says {last[left[0]]}"
-    return Check("decoding", False, len(made), len(left), first, "the export's KV cache is not filled as it is read")
+    return Check(
+        "decoding", False, len(made), len(left), first, "the export's KV cache is not filled as it is read"
+    )
 
 
 def _margin(logits: NDArray[np.float32], one: int, other: int) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 
 from slmops.artifact.chunkmap import encode_chunk_map, make_chunk_map
 from slmops.build.content_cuts import cut_points
-from slmops.build.export.exported import LOG, digest_of_files, interpreter_of
+from slmops.build.export.exported import LOG, ROLE, digest_of_files, interpreter_of
 from slmops.build.export.formats import MODEL_FACTS, TOKENIZER_FILES, format_of, refuse_options
 from slmops.build.export.tool_process import ToolProcess, memory_limit
 from slmops.build.files import link_or_copy, sha256_of_file
@@ -56,17 +56,21 @@ def source(context: StepContext) -> dict[str, Any]:
     """
     with open_gguf(context.files["model"]) as model:
         facts = write_directory(
-            model, context.out, progress=lambda ratio: context.progress(ratio, "writing weights for exporters")
+            model,
+            context.out,
+            progress=lambda ratio: context.progress(ratio, "writing weights for exporters"),
         )
         shape = model.layout.shape()
     return {"model": facts.document("source"), "shape": asdict(shape)}
 
 
 def export(context: StepContext) -> dict[str, Any]:
-    """Run an exporter. Files in: those of :func:`source` by name; out: the variant's files, and a chunk map of each.
+    """Run an exporter.
 
-    Values in: ``source``. Params: ``runtime``, ``precision``, ``toolchain`` (its digest), ``context_tokens`` (where the format fixes it),
-    ``artifact_bytes`` (the budget, or None), ``options`` (the recipe's, for the exporter).
+    Files in: those of :func:`source` by name; out: the variant's files (``variant--...``), a chunk map of each
+    (``chunk-map-...``), and the exporter's log. Values in: ``source``. Params: ``runtime``, ``precision``, ``toolchain`` (its
+    digest), ``context_tokens`` (where the format fixes it), ``artifact_bytes`` (the budget, or None), ``options`` (the
+    recipe's, for the exporter).
     Value: ``files`` with size, digest and format of each; ``bytes``; ``bits_per_weight``; ``sha256`` of all files together.
 
     Raises:
@@ -121,10 +125,12 @@ def export(context: StepContext) -> dict[str, Any]:
             if (given / name).is_file() and not (made / name).is_file():
                 shutil.copyfile(given / name, made / name)
         document = {**model, "precision": form.precision, "context_tokens": context_tokens}
-        (made / MODEL_FACTS).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        (made / MODEL_FACTS).write_text(
+            json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+        )
         for path in sorted(made.iterdir()):
             if path.is_file():
-                path.rename(context.out / path.name)
+                path.rename(context.out / f"{ROLE}{path.name}")
     files = _described(context.out, form.model, form.kind)
     total = sum(file["bytes"] for file in files.values())
     budget = params["artifact_bytes"]
@@ -151,17 +157,15 @@ def export(context: StepContext) -> dict[str, Any]:
 def _described(out: Path, model: str, kind: str) -> dict[str, dict[str, Any]]:
     """Size, digest and format of each file of the variant; its chunk map is written beside it."""
     files = {}
-    for path in sorted(out.iterdir()):
-        if not path.is_file() or path.name.startswith(".") or path.name == LOG:
-            continue
-        format_name = kind if path.name == model else path.suffix.lstrip(".") or "bytes"
-        files[path.name] = {
+    for path in sorted(out.glob(f"{ROLE}*")):
+        name = path.name.removeprefix(ROLE)
+        files[name] = {
             "bytes": path.stat().st_size,
             "sha256": sha256_of_file(path),
-            "format": format_name,
+            "format": kind if name == model else path.suffix.lstrip(".") or "bytes",
         }
     for name, file in files.items():
-        content = (out / name).read_bytes()
+        content = (out / f"{ROLE}{name}").read_bytes()
         chunk_map = make_chunk_map(content, file["format"], name, cut=cut_points)
         (out / f"{CHUNK_MAP}{name}.json").write_bytes(encode_chunk_map(chunk_map))
     return files
@@ -170,6 +174,7 @@ def _described(out: Path, model: str, kind: str) -> dict[str, dict[str, Any]]:
 def _weight_bytes(files: Mapping[str, Mapping[str, Any]]) -> int:
     """Bytes of the files that hold weights: all but tokenizer and documents."""
     return sum(
-        file["bytes"] for name, file in files.items() if name not in TOKENIZER_FILES and not name.endswith(".json")
+        file["bytes"]
+        for name, file in files.items()
+        if name not in TOKENIZER_FILES and not name.endswith(".json")
     )
-

@@ -1,10 +1,10 @@
 """Measuring an exported variant: likelihoods, answers, golden scores and speed of the very files that ship.
 
-Two ways, chosen when the build is planned and recorded in its evidence. ``port``: the runtime's adapter and binding are installed
-here, so the variant is measured as a device would serve it, by the same steps as a GGUF. ``toolchain``: they are not, so the variant is
-measured through its own binding in the toolchain that exported it: the same arithmetic, without slmops' serving around it. Then
-conversations are rendered and tokenised by the source's engine, which the parity gate showed to give the same ids; answers cannot be held
-to a schema, and none are asked so.
+Two ways, chosen when the build is planned and recorded in its evidence. ``port``: the runtime's adapter and binding are
+installed here, so the variant is measured as a device would serve it, by the same steps as a GGUF. ``toolchain``: they are
+not, so the variant is measured through its own binding in the toolchain that exported it: the same arithmetic, without
+slmops' serving around it. Then conversations are rendered and tokenised by the source's engine, which the parity gate showed
+to give the same ids; answers cannot be held to a schema, and none are asked so.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ PORT, TOOLCHAIN = "port", "toolchain"
 
 
 def likelihood(context: StepContext) -> dict[str, Any]:
-    """As :func:`slmops.build.steps.divergence.compare`. Files in besides the variant: ``text``, ``ids``, ``logprobs``, ``mass``."""
+    """As :func:`slmops.build.steps.divergence.compare`. Files in, too: ``text``, ``ids``, ``logprobs``, ``mass``."""
     with exported(context) as variant:
         if context.params["through"] == PORT:
             inner = replace(context, files={**context.files, "model": variant.model})
@@ -156,7 +156,10 @@ def speed(context: StepContext) -> dict[str, Any]:
         return {
             "runtime": {"name": variant.form.runtime, "version": str(loaded.get("runtime_version", ""))},
             "load_s": loaded["load_s"],
-            **{name: statistics.median(r[name] for r in repeats) for name in ("prefill_tps", "decode_tps", "ttft_s")},
+            **{
+                name: statistics.median(r[name] for r in repeats)
+                for name in ("prefill_tps", "decode_tps", "ttft_s")
+            },
             "rss_bytes": measured["rss_bytes"],
             "private_bytes": measured["private_bytes"],
             "busy_ratio": measured["busy_ratio"],

@@ -1,6 +1,7 @@
 """The parity gate of an export: the source in llama.cpp on one side, the exported files in their own engine on the other.
 
-A step that fails leaves nothing, so an export that does not load or is another model fails the build and no variant is made of it.
+A step that fails leaves nothing, so an export that does not load or is another model fails the build and no variant is made
+of it.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ class Source:
 def gate(context: StepContext) -> dict[str, Any]:
     """Compare. Files in: ``model`` (the reference), ``text`` (held-out), ``eval``, and the variant's under ``variant/``.
 
-    Params: ``runtime``, ``precision``, ``toolchain``. Value: every check with its figures, the thresholds, and digest of the files
-    that were compared.
+    Params: ``runtime``, ``precision``, ``toolchain``. Value: every check with its figures, the thresholds, and digest of the
+    files that were compared.
 
     Raises:
         BuildError: the export does not load, or a check failed: names each with its first difference and cause.
@@ -114,8 +115,8 @@ def gate(context: StepContext) -> dict[str, Any]:
         lines = "\n  ".join(check.line() for check in failed)
         raise BuildError(
             f"{variant.form.runtime} {variant.form.precision}: the export is not the model it was made from:\n  {lines}",
-            hint="no variant was made. Choose another precision or runtime for this target; a difference of token ids or template "
-            "is an error of the exporter or of its engine, whatever the precision",
+            hint="no variant was made. Choose another precision or runtime for this target; other token ids or another template "
+            "are an error of the exporter or of its engine, whatever the precision",
         )
     return result
 
@@ -136,7 +137,9 @@ def _source(context: StepContext, model: LogitModel) -> Source:
     ]
     rendered = asyncio.run(_rendered(context.files["model"], conversations))
     prompts = [model.tokenize(text, add_special=True, parse_special=True) for text in rendered]
-    short = [prompt[-LONGEST_SEQUENCE:] if len(prompt) > 3 * LONGEST_SEQUENCE else prompt for prompt in prompts]
+    short = [
+        prompt[-LONGEST_SEQUENCE:] if len(prompt) > 3 * LONGEST_SEQUENCE else prompt for prompt in prompts
+    ]
     answers = [model.greedy(prompt, max_tokens=ANSWER_TOKENS) for prompt in short]
     sequences: list[list[int]] = []
     for sequence in json.loads(context.files["text"].read_text(encoding="utf-8")):
@@ -172,7 +175,7 @@ def special_texts(model: Any) -> dict[int, str]:
     return {at: tokens[at] for at, kind in enumerate(kinds) if kind in (CONTROL, USER_DEFINED)}
 
 
-def _compare(  # noqa: PLR0913 - both sides
+def _compare(
     context: StepContext,
     variant: Exported,
     source: Source,
@@ -187,7 +190,9 @@ def _compare(  # noqa: PLR0913 - both sides
         template = str(value_of(opened, "tokenizer.chat_template", ""))
     checks = [_same_documents(variant, facts.document(variant.form.precision), template, loaded)]
     context.progress(0.25, f"parity: {len(source.texts)} strings")
-    checks.append(_ids(source, tool, variant, bos=facts.bos_token, special=special, model=context.files["model"]))
+    checks.append(
+        _ids(source, tool, variant, bos=facts.bos_token, special=special, model=context.files["model"])
+    )
     try:
         rendered = tool.ask(op="render", conversations=source.conversations)
         bos = special.get(facts.bos_token, "") if facts.bos_token is not None else ""
@@ -223,13 +228,23 @@ def _same_documents(variant: Exported, facts: dict[str, Any], template: str, loa
     found = path.read_bytes() if path.is_file() else b""
     if check.passed and found != template.encode():
         return Check(
-            "chat template file", False, 1, 1, f"{path.name}: {len(found)} bytes, the source's has {len(template.encode())}"
+            "chat template file",
+            False,
+            1,
+            1,
+            f"{path.name}: {len(found)} bytes, the source's has {len(template.encode())}",
         )
     return check
 
 
-def _ids(  # noqa: PLR0913 - both sides
-    source: Source, tool: ToolProcess, variant: Exported, *, bos: int | None, special: dict[int, str], model: Path
+def _ids(
+    source: Source,
+    tool: ToolProcess,
+    variant: Exported,
+    *,
+    bos: int | None,
+    special: dict[int, str],
+    model: Path,
 ) -> Check:
     try:
         export = tool.ask(op="tokenize", texts=source.texts)
@@ -247,7 +262,7 @@ def _margin(model: LogitModel, prompt: list[int], ours: list[int], theirs: list[
     return float(row[ours[at]] - row[theirs[at]])
 
 
-def _divergence(  # noqa: PLR0913 - both sides
+def _divergence(
     context: StepContext,
     variant: Exported,
     source: Source,
@@ -263,9 +278,15 @@ def _divergence(  # noqa: PLR0913 - both sides
         klds.append(kld)
         same.append(top)
         mean = float(np.concatenate(klds).mean())
-        context.progress(0.6 + 0.35 * (at + 1) / len(source.sequences), f"parity: KL divergence so far {mean:.4f}")
-    asked = [(prompt, answer[0]) for prompt, answer in zip(source.prompts, answers, strict=True) if answer][:3]
-    rows = np.stack([tool.logits(prompt)[-1] for prompt, _ in asked]) if asked else np.zeros((0, 1), np.float32)
+        context.progress(
+            0.6 + 0.35 * (at + 1) / len(source.sequences), f"parity: KL divergence so far {mean:.4f}"
+        )
+    asked = [(prompt, answer[0]) for prompt, answer in zip(source.prompts, answers, strict=True) if answer][
+        :3
+    ]
+    rows = (
+        np.stack([tool.logits(prompt)[-1] for prompt, _ in asked]) if asked else np.zeros((0, 1), np.float32)
+    )
     return [
         close_enough(
             np.concatenate(klds),
@@ -276,4 +297,3 @@ def _divergence(  # noqa: PLR0913 - both sides
         ),
         same_in_steps(rows, [first for _, first in asked], [int(row.argmax()) for row in rows]),
     ]
-

@@ -13,7 +13,6 @@ from typing import Any
 from tool_protocol import serve
 
 
-
 def export(request: dict[str, Any], tell: Callable[[float | None, str], None]) -> dict[str, Any]:
     """Run the builder on ``request["source"]`` and leave the folder's files in ``request["out"]``."""
     out, cache = Path(request["out"]), Path.cwd() / "builder-cache"

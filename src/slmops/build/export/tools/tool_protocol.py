@@ -1,9 +1,9 @@
-"""The toolchain's side of the protocol: a JSON request file in, JSON lines out. Standard library only (and numpy where it is used).
+"""The toolchain's side of the protocol: a JSON request file in, JSON lines out. Standard library, and numpy for logits.
 
 Request: ``{"op": "export" | "session", "limits": {...}, ...}``. Events on stdout, one a line: ``{"ratio", "note"}`` progress,
-``{"value"}`` the one result of an export, ``{"error": {"kind", "message"}}``. A session answers ``{"value"}`` or ``{"error"}`` to each
-line of stdin: ``{"op": "facts" | "tokenize" | "render" | "logits" | "generate" | "bench", ...}``. Whatever a library prints goes to
-stderr, which our side keeps as the log.
+``{"value"}`` the one result of an export, ``{"error": {"kind", "message"}}``. A session answers ``{"value"}`` or
+``{"error"}`` to each line of stdin: ``{"op": "facts" | "tokenize" | "render" | "logits" | "generate" | "bench", ...}``.
+Whatever a library prints goes to stderr, which our side keeps as the log.
 """
 
 from __future__ import annotations
@@ -124,7 +124,9 @@ def _bench(model: ExportedModel, asked: dict[str, Any]) -> dict[str, Any]:
 
 def _memory() -> dict[str, int]:
     status = dict(
-        line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines() if ":" in line
+        line.split(":", 1)
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        if ":" in line
     )
     return {
         "rss_bytes": int(status["VmHWM"].split()[0]) * 1024,
