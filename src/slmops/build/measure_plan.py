@@ -117,10 +117,11 @@ def sparsity_step(
         "choice": Output(chosen_by(read.recipe, target)),
     }
     run = "slmops.build.steps.sparsify:report"
-    return Step(SPARSITY, run, inputs, _speed_params(read, evaluation), exclusive=True)
+    return Step(SPARSITY, run, inputs, speed_params(read, evaluation), exclusive=True)
 
 
-def _speed_params(read: ReadRecipe, evaluation: Evaluation) -> dict[str, Any]:
+def speed_params(read: ReadRecipe, evaluation: Evaluation) -> dict[str, Any]:
+    """What every measurement of speed is told."""
     return {
         "serving": serving_of(read.recipe),
         "prompt_tokens": PROMPT_TOKENS,
@@ -137,7 +138,7 @@ def expect_step(target: Target, targets: tuple[Target, ...]) -> Step:
         "reference": Output(GOLDEN_REFERENCE),
         "own": Output(of_target("golden scores", target)),
     }
-    inputs |= {f"variant-{other.profile}": Output(of_target("golden scores", other)) for other in targets}
+    inputs |= {f"variant-{other.key}": Output(of_target("golden scores", other)) for other in targets}
     return Step(of_target("expectations", target), "slmops.build.steps.golden:expect", inputs, light=True)
 
 
@@ -147,6 +148,6 @@ def speed_step(read: ReadRecipe, target: Target, variant: Output, evaluation: Ev
         of_target("speed", target),
         "slmops.build.steps.speed:measure",
         {"model": variant},
-        _speed_params(read, evaluation),
+        speed_params(read, evaluation),
         exclusive=True,
     )

@@ -13,6 +13,9 @@ ASKED_PARENT, LIKELIHOOD_REFERENCE, SPARSITY = "answers: dense", "likelihood: un
 
 SPEEDS = "speed of types"
 
+#: only where a target is exported: the reference as exporters read it
+EXPORT_SOURCE = "export source"
+
 TEXT, PACK, ASKED_BASE, ASKED_REFERENCE, DISTRIBUTIONS, GOLDEN_REFERENCE = (
     "render text",
     "golden pack",
@@ -25,4 +28,4 @@ TEXT, PACK, ASKED_BASE, ASKED_REFERENCE, DISTRIBUTIONS, GOLDEN_REFERENCE = (
 
 def of_target(kind: str, target: Target) -> str:
     """Name of a target's step."""
-    return f"{kind}: {target.profile}"
+    return f"{kind}: {target.key}"

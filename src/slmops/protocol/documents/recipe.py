@@ -270,12 +270,44 @@ class Budget(Section):
 
 
 class Target(Section):
-    """One variant to build; without a budget, one follows from the profile."""
+    """One variant to build; without a budget, one follows from the profile.
+
+    Attributes:
+        profile: what it is built for; ``also_for``: other profiles that may take it if it fits.
+        runtime: that serves it. For all but ``llama.cpp`` the model is exported by that runtime's own exporter, in a pinned
+            environment that is made on demand, and must pass the parity gate. ``pytorch-mobile`` is exported and
+            proved, not served.
+        precision: of an export: ``fp32``, ``int8``, ``int4`` (onnxruntime-genai), ``8da4w`` (executorch). Left out, the
+            smallest usual one of the runtime. A GGUF has none: its types are searched within the budget.
+        options: further options of the exporter, by name.
+    """
 
     profile: str
-    runtime: Literal["llama.cpp"] = "llama.cpp"
+    runtime: Literal[
+        "llama.cpp", "onnxruntime-genai", "litert-lm", "litert", "executorch", "pytorch-mobile"
+    ] = "llama.cpp"
+    precision: str | None = None
+    options: dict[str, str] = Field(default_factory=dict)
     budget: Budget = Budget()
     also_for: tuple[str, ...] = ()
+
+    @property
+    def is_export(self) -> bool:
+        """Whether another runtime's exporter makes it."""
+        return self.runtime != "llama.cpp"
+
+    @property
+    def key(self) -> str:
+        """Name of the variant among those of a build: as in a release's bundle."""
+        return f"{self.profile}@{self.runtime}" if self.is_export else self.profile
+
+    @model_validator(mode="after")
+    def _precision_of_exports(self) -> Target:
+        if not self.is_export and (self.precision is not None or self.options):
+            raise ValueError(
+                "precision and options are for exports; the types of a GGUF are searched within the budget"
+            )
+        return self
 
 
 class Slices(Section):
