@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 from slmops.build.graph import Output, SourceFile, Step
 from slmops.build.recipe_files import ReadRecipe, serving_of
 from slmops.build.speeds import TABLE
-from slmops.build.step_names import DAMAGE_PARTS, PREDICTION_PARTS, SPEEDS, of_target
+from slmops.build.step_names import DAMAGE_PARTS, PREDICTION_PARTS, PROJECTION, SPEEDS, of_target
 from slmops.core.errors import DocumentError
 from slmops.protocol.documents.recipe import Recipe, Search, Target
+
+#: texts of so many tokens are projected: a few dozen for each row, and hundreds of rows
+PROJECTED_TOKENS = 4096
 
 
 def gradient_steps(read: ReadRecipe, weights: dict[str, Output | SourceFile], text: Output) -> list[Step]:
@@ -34,18 +38,32 @@ def gradient_steps(read: ReadRecipe, weights: dict[str, Output | SourceFile], te
         "gradients-facts": Output("gradients"),
     }
     rows = {"types": list(search.types), "sample_rows": search.sample_rows, "parts": PREDICTION_PARTS}
-    return [
-        gradients,
-        *(
-            Step(
-                f"predictions {part + 1}",
-                "slmops.build.steps.predicted:predict",
-                given,
-                {**rows, "part": part},
-            )
-            for part in range(PREDICTION_PARTS)
-        ),
+    if projects(search):
+        rows["keep_errors"] = True
+    predictions = [
+        Step(f"predictions {part + 1}", "slmops.build.steps.predicted:predict", given, {**rows, "part": part})
+        for part in range(PREDICTION_PARTS)
     ]
+    return [gradients, *predictions, *([projection_step(inputs, params)] if projects(search) else [])]
+
+
+def projection_step(inputs: Mapping[str, Output | SourceFile], params: Mapping[str, Any]) -> Step:
+    """Gradients projected on the errors that the predictions kept.
+
+    Args:
+        inputs: ``model`` and ``text``.
+        params: of the gradients; on fewer tokens, because this pass costs more for each.
+    """
+    errors = {
+        f"errors-{part + 1}": Output(f"predictions {part + 1}", "errors.npz")
+        for part in range(PREDICTION_PARTS)
+    }
+    return Step(
+        PROJECTION,
+        "slmops.train.gradients:project",
+        {**inputs, "gradients-facts": Output("gradients"), **errors},
+        {**params, "tokens": min(int(params["tokens"]), PROJECTED_TOKENS)},
+    )
 
 
 def predicts(search: Search) -> bool:
@@ -55,12 +73,17 @@ def predicts(search: Search) -> bool:
         DocumentError: the recipe insists on it and torch is not installed.
     """
     present = importlib.util.find_spec("torch") is not None
-    if search.sensitivity == "kfac" and not present:
+    if search.sensitivity in ("kfac", "fisher") and not present:
         raise DocumentError(
-            "search.sensitivity: kfac needs torch, which is not installed",
+            f"search.sensitivity: {search.sensitivity} needs torch, which is not installed",
             hint='pip install "slmops[train]", or sensitivity: auto (torch where it is installed, else measured damage)',
         )
     return present and search.sensitivity != "measured"
+
+
+def projects(search: Search) -> bool:
+    """Whether gradients are also projected on errors; only where they are taken at all."""
+    return search.sensitivity in ("auto", "fisher") and predicts(search)
 
 
 def feedback_inputs(read: ReadRecipe) -> dict[str, Output | SourceFile]:
@@ -96,6 +119,9 @@ def choose_step(read: ReadRecipe, target: Target, reference: Output) -> Step:
         inputs |= {
             f"predictions-{part + 1}": Output(f"predictions {part + 1}") for part in range(PREDICTION_PARTS)
         }
+    if projects(read.recipe.search):
+        inputs[PROJECTION] = Output(PROJECTION)
+        params["sensitivity"] = read.recipe.search.sensitivity
     return Step(of_target("choose", target), "slmops.build.steps.choose:choose", inputs, params, light=True)
 
 

@@ -8,6 +8,9 @@ DAMAGE_PARTS = 2
 
 PREDICTION_PARTS = 2
 
+#: only where gradients are projected: step, and the input by which the choice knows it
+PROJECTION = "projections"
+
 #: only where the recipe cuts or trains: the model before that, and what the cuts alone cost
 ASKED_PARENT, LIKELIHOOD_REFERENCE, SPARSITY = "answers: dense", "likelihood: unquantised", "sparsity report"
 

@@ -11,6 +11,7 @@ from slmops.artifact.gguf_layout import Tensor
 from slmops.build.gguf_file import GgufFile, NewTensor, file_bytes, open_gguf, padded, tensor_bytes
 from slmops.build.graph import StepContext
 from slmops.build.speeds import budget_seconds, rates_of, speed_table
+from slmops.build.step_names import PROJECTION
 from slmops.build.steps.sensitivity import PROBE_TYPE, fits, is_quantisable
 from slmops.core.device.fit import ModelShape, Serving, memory_needed
 from slmops.core.errors import BudgetError
@@ -37,6 +38,12 @@ USES = (
 DROPPED: dict[str, int | None] = {"general.file_type": None}
 #: how far measured damage corrects predictions: most of the way, and for other readings of the tables not at all and fully
 CORRECTION, CORRECTIONS = 0.75, (0.0, 1.0)
+#: what predicts losses, in words
+PREDICTED_BY = {
+    "kfac": "gradients and inputs (KFAC)",
+    "fisher": "gradients projected on errors (Fisher information by row)",
+    "errors": "errors weighted by the importance matrix",
+}
 #: cache types that are compared where memory is the bound; contexts are not halved below this
 KV_CHOICES, LEAST_CONTEXT = ("f16", "q8_0", "q4_0"), 256
 _SHOWN_TENSORS = 4
@@ -88,8 +95,9 @@ def choose(context: StepContext) -> dict[str, Any]:
     """Choose a type for every tensor: least expected divergence within the byte and memory budgets.
 
     Files in: ``model`` (the F16 reference). Values in: ``errors``; ``damage-1``... unless nothing was probed (then relative
-    errors count alike everywhere); ``predictions-1``... where there are gradients. A speed table comes as value or file
-    ``speed-table``. Params: ``types``, ``artifact_bytes``, ``ram_bytes``, ``serving``, and with a speed table ``decode_tps``.
+    errors count alike everywhere); ``predictions-1``... and ``projections`` where there are gradients. A speed table comes as
+    value or file ``speed-table``. Params: ``types``, ``artifact_bytes``, ``ram_bytes``, ``serving``, maybe ``sensitivity``
+    (which prediction to take), and with a speed table ``decode_tps``.
     Value: ``types`` of all quantised tensors, ``size_bytes``, ``expected_kld``, and what bounded the choice.
 
     Raises:
@@ -181,12 +189,12 @@ def space_of(
     Args:
         model: the F16 reference.
         values: the tables, as :func:`choose` takes them.
-        params: ``types``.
+        params: ``types``, maybe ``sensitivity`` (which prediction to take).
         correction: how far measured damage corrects predictions, 0..1.
         speeds: a speed table; types that it does not know count as its slowest, F16 by its bytes against Q8_0.
     """
     measured = values["errors"]
-    sensitivity = sensitivity_of(values, correction)
+    sensitivity = sensitivity_of(values, correction, params.get("sensitivity", "auto"))
     prices = swallow_prices({name: row["change"] for name, row in measured.items()}, sensitivity.undone)
     tensors = [tensor for tensor in model.layout.tensors if is_quantisable(tensor)]
     rates = rates_of(speeds, [*params["types"], "F16"]) if speeds is not None else {}
@@ -238,12 +246,15 @@ class Sensitivity:
     report: dict[str, Any]
 
 
-def sensitivity_of(values: Mapping[str, Any], correction: float = CORRECTION) -> Sensitivity:
+def sensitivity_of(
+    values: Mapping[str, Any], correction: float = CORRECTION, prefer: str = "auto"
+) -> Sensitivity:
     """Put the tables together: predictions from gradients where there are some, else measured damage times errors.
 
     Args:
         values: the tables.
         correction: how far measured damage corrects predictions, 0..1.
+        prefer: ``kfac`` or ``fisher`` takes that prediction; else the one that ranks measured damage better.
     """
     measured = values["errors"]
     errors: dict[str, dict[str, float]] = {name: row["error"] for name, row in measured.items()}
@@ -252,38 +263,68 @@ def sensitivity_of(values: Mapping[str, Any], correction: float = CORRECTION) ->
         Group(tuple(group["tensors"]), float(group["damage"])) for part in parts for group in part["groups"]
     ]
     undone = next((float(part["undone"]) for part in parts if part["undone"] is not None), 1.0)
-    tables = [values[name] for name in sorted(values) if name.startswith("predictions")]
-    reason = next((table["reason"] for table in tables if not table["available"]), "")
-    if tables and not reason:
-        predicted = {name: row for table in tables for name, row in table["kld"].items()}
-        probe = {name: value for table in tables for name, value in table["probe"].items()}
-        factor = corrections(groups, probe, correction) if groups else dict.fromkeys(predicted, 1.0)
+    predictions, reason = _predictions(values)
+    ranked = {"errors": {name: row[PROBE_TYPE] for name, row in errors.items()}}
+    ranked |= {method: one.probe for method, one in predictions.items()}
+    correlations = {
+        method: rank_correlation(
+            [group.damage for group in groups],
+            [sum(probe[name] for name in group.tensors) for group in groups],
+        )
+        for method, probe in ranked.items()
+    }
+    if predictions:
+        # without enough groups to tell, the one that has served longest
+        method = (
+            prefer if prefer in predictions else max(predictions, key=lambda name: correlations[name] or -1.0)
+        )
+        factor = corrections(groups, ranked[method], correction) if groups else {}
         losses = {
-            name: {kind: factor[name] * value for kind, value in row.items()}
-            for name, row in predicted.items()
+            name: {kind: factor.get(name, 1.0) * value for kind, value in row.items()}
+            for name, row in predictions[method].kld.items()
         }
-        ranked, method = probe, "kfac"
+        predicted_by = PREDICTED_BY[method]
     else:
         scale = scales(groups, errors, PROBE_TYPE) if groups else dict.fromkeys(errors, 1.0)
         losses = {
             name: {kind: scale[name] * value for kind, value in row.items()} for name, row in errors.items()
         }
-        ranked = {name: row[PROBE_TYPE] for name, row in errors.items()}
         method = "measured damage" if groups else "errors"
+        predicted_by = PREDICTED_BY["errors"]
         reason = reason or "torch is not installed, or gradients were not asked for"
-    correlation = rank_correlation(
-        [group.damage for group in groups], [sum(ranked[name] for name in group.tensors) for group in groups]
-    )
     report = {
         "method": method,
         "reason": reason,
-        "predicted_by": "gradients and inputs (KFAC)"
-        if method == "kfac"
-        else "errors weighted by the importance matrix",
-        "rank_correlation": correlation,
+        "predicted_by": predicted_by,
+        "rank_correlation": correlations[method if method in correlations else "errors"],
+        "rank_correlations": correlations,
         "measured_groups": len(groups),
     }
     return Sensitivity(losses, groups, undone, report)
+
+
+@dataclass(frozen=True)
+class _Prediction:
+    """By tensor: ``kld`` in each type, and ``probe``, in the type that damage is measured with."""
+
+    kld: dict[str, dict[str, float]]
+    probe: dict[str, float]
+
+
+def _predictions(values: Mapping[str, Any]) -> tuple[dict[str, _Prediction], str]:
+    """Predictions from gradients by method, and why there are none."""
+    found: dict[str, _Prediction] = {}
+    reason = ""
+    for method, prefix in (("kfac", "predictions"), ("fisher", PROJECTION)):
+        tables = [values[name] for name in sorted(values) if name.startswith(prefix)]
+        missing = next((table["reason"] for table in tables if not table["available"]), "")
+        reason = reason or missing
+        if tables and not missing:
+            found[method] = _Prediction(
+                {name: row for table in tables for name, row in table["kld"].items()},
+                {name: value for table in tables for name, value in table["probe"].items()},
+            )
+    return found, reason
 
 
 def sizes_of(tensor: Tensor, types: Sequence[str]) -> dict[str, int]:

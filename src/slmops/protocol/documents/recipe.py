@@ -405,8 +405,10 @@ class Search(Section):
         probe_tokens: on which the damage of each group of tensors is measured; 0 measures none and takes
             errors alike everywhere.
         sample_rows: rows of each tensor on which errors are estimated.
-        sensitivity: ``kfac``: losses are predicted from gradients of sampled targets (needs torch) and corrected by
-            measured damage; ``measured``: measured damage times error; ``auto``: the first where torch is installed.
+        sensitivity: ``kfac``: losses are predicted from gradients of sampled targets and inputs, and corrected by
+            measured damage; ``fisher``: from gradients projected on the errors themselves; both need torch.
+            ``measured``: measured damage times error. ``auto``: where torch is installed whichever of the first two
+            ranks measured damage better, else the third.
         gradient_tokens: calibration tokens that gradients are taken on.
         speed: ``measure``: how fast each type decodes is measured here, and a target's ``decode_tps`` bounds its choice
             beside its bytes; a path: the table of another machine (JSON); none: bytes alone decide.
@@ -433,7 +435,7 @@ class Search(Section):
     calibration_tokens: int = Field(default=1536, ge=64)
     probe_tokens: int = Field(default=144, ge=0)
     sample_rows: int = Field(default=64, ge=1)
-    sensitivity: Literal["auto", "kfac", "measured"] = "auto"
+    sensitivity: Literal["auto", "kfac", "fisher", "measured"] = "auto"
     gradient_tokens: int = Field(default=16384, ge=64)
     speed: str | None = None
     verify_tokens: int = Field(default=0, ge=0)
