@@ -50,7 +50,11 @@ class EarlyWarning(msgspec.Struct, frozen=True):
 
 
 class BuiltVariant(msgspec.Struct, frozen=True):
-    """One variant; the fields mean what they mean in ``artifact.manifest.Variant``."""
+    """One variant; the fields mean what they mean in ``artifact.manifest.Variant``.
+
+    Attributes:
+        serving: settings that its memory budget was met with: what a blueprint should say of it.
+    """
 
     profile: str
     runtime: RuntimeNeed
@@ -64,6 +68,7 @@ class BuiltVariant(msgspec.Struct, frozen=True):
     predicted_decode_tps: float | None
     findings: tuple[GateFinding, ...]
     warnings: tuple[EarlyWarning, ...] = ()
+    serving: dict[str, Any] = {}
 
 
 class BuiltBase(msgspec.Struct, frozen=True):

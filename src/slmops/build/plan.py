@@ -37,7 +37,9 @@ from slmops.build.search_plan import (
     chosen_by,
     feedback_inputs,
     gradient_steps,
+    kv_step,
     possible_step,
+    serves_freely,
     verify_step,
 )
 from slmops.build.step_names import (
@@ -124,6 +126,8 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
     variants = {target.profile: Output(of_target("quantise", target), "model.gguf") for target in targets}
     unbounded = [target for target in targets if target.budget.artifact_bytes is None]
     steps += [budget_step(of_target("budget", t), read, t, reference) for t in unbounded]
+    if serves_freely(read.recipe):
+        steps.append(kv_step(read, targets, reference, calibration))
     for target in targets:
         choosing = choose_step(read, target, reference)
         steps.append(choosing)

@@ -30,7 +30,7 @@ from slmops.build.first_steps import BASE
 from slmops.build.graph import SourceFile, Step
 from slmops.build.overlap import Overlap, check_never_seen, frozen_set
 from slmops.build.plan import Plan, make_plan
-from slmops.build.recipe_files import ReadRecipe, read_recipe, serving_of, with_speed_table
+from slmops.build.recipe_files import ReadRecipe, read_recipe, with_speed_table
 from slmops.build.runner import run_steps
 from slmops.build.shipped import MEASURING, check_shipped
 from slmops.build.step_names import (
@@ -183,6 +183,7 @@ def _assemble(
                     "golden-expectations.json",
                 ),
                 shape=quantised["shape"],
+                serving=results[of_target("choose", target)].value["serving"],
                 measured=msgspec.convert(
                     {name: figures.get(name) for name in Measured.__struct_fields__}, Measured
                 ),
@@ -289,7 +290,7 @@ def _figures(
     quantised = results[of_target("quantise", target)].value
     speed = results[of_target("speed", target)].value
     profile = read.profiles[target.profile]
-    serving = Serving(**serving_of(read.recipe))
+    serving = Serving(**results[of_target("choose", target)].value["serving"])
     predicted = predict_decode_tps(
         ModelShape(**quantised["shape"]), serving, effective_bandwidth(None, profile)
     )
@@ -351,6 +352,8 @@ def _evidence(
                 "verified": _verified(results, target),
                 "speed": choice["speed"],
                 "memory": choice["memory"],
+                "serving": choice["serving"],
+                "kv_cache_kld": choice["kv_cache_kld"],
                 "ways": results[of_target("quantise", target)].value["ways"],
                 "quantised": variant.quantised,
                 "fallbacks": results[of_target("quantise", target)].value["fallbacks"],

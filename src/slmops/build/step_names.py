@@ -16,6 +16,9 @@ ASKED_PARENT, LIKELIHOOD_REFERENCE, SPARSITY = "answers: dense", "likelihood: un
 
 SPEEDS = "speed of types"
 
+#: only where the search may choose how a model is served
+KV_CACHES = "kv caches"
+
 TEXT, PACK, ASKED_BASE, ASKED_REFERENCE, DISTRIBUTIONS, GOLDEN_REFERENCE = (
     "render text",
     "golden pack",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from slmops.artifact.gguf_layout import Tensor
@@ -12,8 +12,9 @@ from slmops.build.gguf_file import GgufFile, NewTensor, file_bytes, open_gguf, p
 from slmops.build.graph import StepContext
 from slmops.build.speeds import budget_seconds, rates_of, speed_table
 from slmops.build.step_names import PROJECTION
+from slmops.build.steps.memory import binds, budget_of, ways
 from slmops.build.steps.sensitivity import PROBE_TYPE, fits, is_quantisable
-from slmops.core.device.fit import ModelShape, Serving, memory_needed
+from slmops.core.device.fit import KV_CHOICES, ModelShape
 from slmops.core.errors import BudgetError
 from slmops.core.search.knapsack import Option, smallest, solve, solve_within_time
 from slmops.core.search.sensitivity import (
@@ -29,6 +30,7 @@ USES = (
     "slmops.artifact.gguf_layout",
     "slmops.build.gguf_file",
     "slmops.build.speeds",
+    "slmops.build.steps.memory",
     "slmops.build.steps.sensitivity",
     "slmops.core.device.fit",
     "slmops.core.search.knapsack",
@@ -44,8 +46,8 @@ PREDICTED_BY = {
     "fisher": "gradients projected on errors (Fisher information by row)",
     "errors": "errors weighted by the importance matrix",
 }
-#: cache types that are compared where memory is the bound; contexts are not halved below this
-KV_CHOICES, LEAST_CONTEXT = ("f16", "q8_0", "q4_0"), 256
+#: contexts that are only shown are not halved below this
+LEAST_CONTEXT = 256
 _SHOWN_TENSORS = 4
 
 
@@ -83,41 +85,51 @@ def possible(context: StepContext) -> dict[str, Any]:
             t.name: sizes_of(t, [*params["types"], "F16"]) for t in model.layout.tensors if is_quantisable(t)
         }
         fixed_bytes = fixed_bytes_of(model)
-        allowed = _allowed_bytes(params, model.layout.shape(), model.layout.tensors_start)
+        found = ways(params, model.layout.shape(), model.layout.tensors_start, None)
     least_of = {name: min(row.values()) for name, row in sizes.items()}
     least_bytes = fixed_bytes + sum(least_of.values())
+    allowed = max(found, key=lambda way: way.budget_bytes).allowed
     if least_bytes > min(allowed.values()):
         raise _too_small(params, allowed, least_bytes, fixed_bytes, least_of)
     return {"smallest_bytes": least_bytes}
 
 
 def choose(context: StepContext) -> dict[str, Any]:
-    """Choose a type for every tensor: least expected divergence within the byte and memory budgets.
+    """Choose a type for every tensor, and how the model is served: least expected divergence within bytes and memory.
 
     Files in: ``model`` (the F16 reference). Values in: ``errors``; ``damage-1``... unless nothing was probed (then relative
     errors count alike everywhere); ``predictions-1``... and ``projections`` where there are gradients. A speed table comes as
-    value or file ``speed-table``. Params: ``types``, ``artifact_bytes``, ``ram_bytes``, ``serving``, maybe ``sensitivity``
-    (which prediction to take), and with a speed table ``decode_tps``.
-    Value: ``types`` of all quantised tensors, ``size_bytes``, ``expected_kld``, and what bounded the choice.
+    value or file ``speed-table``; ``kv-caches`` (:func:`slmops.build.steps.memory.prices`) where the cache type may be
+    chosen. Params: ``types``, ``artifact_bytes``, ``ram_bytes``, ``serving``, maybe ``sensitivity`` (which prediction to take),
+    ``kv_caches`` and ``least_context_tokens``, and with a speed table ``decode_tps``. Value: ``types`` of all quantised tensors,
+    ``size_bytes``, ``expected_kld``, ``serving``, and what bounded the choice.
 
     Raises:
         BudgetError: no choice fits: names the bound, the smallest possible file and the tensors that make it.
     """
-    params = dict(context.params)
-    if "budget" in context.values:  # the recipe gave none: it follows from the profile
-        params["artifact_bytes"] = context.values["budget"]["artifact_bytes"]
+    # a target without a budget of its own: it follows from the profile
+    params = budget_of(context.params, context.values.get("budget"))
     with open_gguf(context.files["model"]) as model:
         timed = speed_table(context.files, context.values)
         space = space_of(model, context.values, params, speeds=timed)
     least_bytes = space.fixed_bytes + smallest(space.table)
-    allowed = _allowed_bytes(params, space.shape, space.header_bytes)
-    budget_bytes = min(allowed.values())
     budget_s = budget_seconds(timed, params)
-    found = solve_within_time(space.table, budget_bytes - space.fixed_bytes, budget_s)
-    if found is None:
+    tried = [
+        (way, solve_within_time(space.table, way.budget_bytes - space.fixed_bytes, budget_s))
+        for way in ways(params, space.shape, space.header_bytes, context.values.get("kv-caches"))
+    ]
+    # the first of equals: as asked
+    best = min(
+        ((way, found) for way, found in tried if found is not None),
+        key=lambda pair: pair[0].worth(pair[1][0].loss),
+        default=None,
+    )
+    if best is None:
+        allowed = max((way for way, _ in tried), key=lambda way: way.budget_bytes).allowed
         least_of = {name: min(space.sizes[name].values()) for name in space.names}
         raise _too_small(params, allowed, least_bytes, space.fixed_bytes, least_of)
-    choice, took_s = found
+    way, (choice, took_s) = best
+    allowed, budget_bytes = way.allowed, way.budget_bytes
     bound = min(allowed, key=lambda name: allowed[name])
     if budget_s < math.inf:
         free = solve(space.table, budget_bytes - space.fixed_bytes)
@@ -143,36 +155,39 @@ def choose(context: StepContext) -> dict[str, Any]:
             else None,
             "met": took_s <= budget_s,
         },
-        "memory": _memory(params, space, allowed),
+        "serving": way.serving,
+        "kv_cache_kld": way.price,
+        "memory": _memory(params, space, tried[0][0].allowed, context.values.get("kv-caches")),
     }
 
 
-def _memory(params: Mapping[str, Any], space: Space, allowed: Mapping[str, int]) -> list[dict[str, Any]]:
+def _memory(
+    params: Mapping[str, Any], space: Space, allowed: Mapping[str, int], measured: Mapping[str, Any] | None
+) -> list[dict[str, Any]]:
     """What other cache types and contexts would leave for weights, and what the divergence would be expected to be then.
 
-    Only where memory is the bound; a cache type has a loss of its own, which is not in these figures.
+    Only where memory is the bound of what was asked for. ``kv_cache_kld``: of the cache type, which comes on top; None where it
+    was not measured.
     """
-    if allowed["ram_bytes"] > allowed["artifact_bytes"]:
+    if not binds(allowed):
         return []
-    now = Serving(**params["serving"])
+    asked = params["serving"]
+    shorter = {"least_context_tokens": max(asked["context_tokens"] // 2, LEAST_CONTEXT)}
+    known = measured["kld"] if measured is not None else {}
     rows = []
-    for kind in KV_CHOICES:
-        for context_tokens in (now.context_tokens, now.context_tokens // 2):
-            if (kind, context_tokens) == (now.kv_cache, now.context_tokens) or context_tokens < LEAST_CONTEXT:
-                continue
-            serving = {**params["serving"], "kv_cache": kind, "context_tokens": context_tokens}
-            room = min(
-                _allowed_bytes({**params, "serving": serving}, space.shape, space.header_bytes).values()
-            )
-            found = solve(space.table, room - space.fixed_bytes)
-            rows.append(
-                {
-                    "kv_cache": kind,
-                    "context_tokens": context_tokens,
-                    "allowed_bytes": room,
-                    "expected_kld": None if found is None else found.loss,
-                }
-            )
+    for way in ways(
+        {"kv_caches": KV_CHOICES, **shorter, **params}, space.shape, space.header_bytes, measured
+    )[1:]:
+        found = solve(space.table, way.budget_bytes - space.fixed_bytes)
+        rows.append(
+            {
+                "kv_cache": way.serving["kv_cache"],
+                "context_tokens": way.serving["context_tokens"],
+                "allowed_bytes": way.budget_bytes,
+                "expected_kld": None if found is None else found.loss,
+                "kv_cache_kld": known.get(way.serving["kv_cache"]),
+            }
+        )
     return rows
 
 
@@ -341,15 +356,6 @@ def fixed_bytes_of(model: GgufFile) -> int:
 def kept(model: GgufFile, tensor: Tensor) -> NewTensor:
     """A tensor as it is."""
     return NewTensor(tensor.name, tensor.type_name, tensor.shape, lambda: bytes(model.blob(tensor)))
-
-
-def _allowed_bytes(params: Mapping[str, Any], shape: ModelShape, header_bytes: int) -> dict[str, int]:
-    """The largest file by each bound. What the engine maps is the tensors, so memory allows the header on top."""
-    without_weights = memory_needed(replace(shape, weights_bytes=0), Serving(**params["serving"])).total_bytes
-    return {
-        "artifact_bytes": int(params["artifact_bytes"]),
-        "ram_bytes": int(params["ram_bytes"]) - without_weights + header_bytes,
-    }
 
 
 def _too_small(

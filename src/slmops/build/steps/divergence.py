@@ -100,7 +100,8 @@ def reference(context: StepContext) -> dict[str, Any]:
 def compare(context: StepContext) -> dict[str, Any]:
     """Compare a shipped file with the reference. Files in: ``model``, ``text``, ``ids``, ``logprobs``, ``mass``.
 
-    Params: maybe ``runtime``. Value: ``kld_mean``, ``kld_p99``, ``kld_max`` (nats a token), ``same_top_ratio``,
+    Params: maybe ``runtime``. Values in: maybe ``choice``, whose KV cache the file is then measured with. Value:
+    ``kld_mean``, ``kld_p99``, ``kld_max`` (nats a token), ``same_top_ratio``,
     ``top_flips_ratio``, ``perplexity``, ``scored_tokens``; ``estimates``: most of them with bounds; ``model_sha256``: of the file
     that was measured.
     """
@@ -289,8 +290,9 @@ def _scored(context: StepContext) -> Iterator[tuple[float, str, NDArray[np.int64
     sequences = json.loads(context.files["text"].read_text(encoding="utf-8"))
     longest = max(len(sequence["token_ids"]) for sequence in sequences)
     runtime = context.params.get("runtime", DEFAULT_RUNTIME)
+    kv_cache = context.values.get("choice", {}).get("serving", {}).get("kv_cache", "f16")
     with open_logits(
-        runtime, Path(context.files["model"]), context_tokens=math.ceil(longest / 64) * 64
+        runtime, Path(context.files["model"]), context_tokens=math.ceil(longest / 64) * 64, kv_cache=kv_cache
     ) as model:
         for index, sequence in enumerate(sequences):
             token_ids, start = sequence["token_ids"], sequence["start"]
