@@ -42,7 +42,7 @@ from slmops.runtimes.llama_cpp.logits import LogitModel
 FOLDER = Path(".slmops-cache/bench")
 CALIBRATION_TOKENS, WINDOW_TOKENS = 8192, 256
 #: of these so many are the task's, and so many of its items are asked
-TASK_TOKENS, TASK_ITEMS = 2048, 200
+TASK_TOKENS, TASK_ITEMS = 2048, 96
 HELD_OUT_WINDOWS, SCORED_TOKENS = 10, 480
 STOCK = ("Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K")
 SERVING = {"context_tokens": 1024, "kv_cache": "f16", "parallel": 1, "micro_batch_tokens": 64}

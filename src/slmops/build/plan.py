@@ -49,6 +49,7 @@ from slmops.build.step_names import (
     DAMAGE_PARTS,
     DISTRIBUTIONS,
     SPEEDS,
+    TENSOR_PARTS,
     TEXT,
     of_target,
 )
@@ -137,7 +138,18 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
     for target in targets:
         choice = Output(chosen_by(read.recipe, target))
         inputs: dict[str, Output | SourceFile] = {**weights, "choice": choice, **feedback_inputs(read)}
-        steps.append(Step(of_target("quantise", target), "slmops.build.steps.quantise:write_variant", inputs))
+        made_ahead = [
+            Step(
+                of_target(f"tensors {part + 1}", target),
+                "slmops.build.steps.quantise:make_tensors",
+                inputs,
+                {"part": part, "parts": TENSOR_PARTS},
+            )
+            for part in range(TENSOR_PARTS)
+        ]
+        ahead = {f"ahead-{part + 1}": Output(step.name) for part, step in enumerate(made_ahead)}
+        run = "slmops.build.steps.quantise:write_variant"
+        steps += [*made_ahead, Step(of_target("quantise", target), run, inputs | ahead)]
     steps.append(
         Step(
             DISTRIBUTIONS, "slmops.build.steps.divergence:reference", {"model": made.dense, "text": held_out}

@@ -8,6 +8,9 @@ DAMAGE_PARTS = 2
 
 PREDICTION_PARTS = 2
 
+#: processes that make a variant's tensors
+TENSOR_PARTS = 2
+
 #: only where gradients are projected: step, and the input by which the choice knows it
 PROJECTION = "projections"
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,30 @@ class Tail:
     ids: NDArray[np.uint32]
     logprobs: NDArray[np.float16]
     mass: NDArray[np.float32]
+
+
+class KeptText:
+    """A text's distributions under one model, kept compactly in memory, for measurements within a step.
+
+    Args:
+        rows: for each sequence its log-probabilities, (n, vocabulary); may be an iterator, each is let go.
+    """
+
+    def __init__(self, rows: Iterable[NDArray[np.float32]]) -> None:
+        self._kept: list[tuple[NDArray[np.uint32], NDArray[np.float16], Tail]] = []
+        count = 0
+        for own in rows:
+            ids, logprobs = compact(own, TOP)
+            self._kept.append((ids, logprobs, sample_tail(own, ids, first_row=count)))
+            count += len(own)
+
+    def mean_divergence(self, rows: Iterable[NDArray[np.float32]]) -> float:
+        """KL divergence of another model from it, nats a token; with fewer sequences, on the first of the text."""
+        measured = [
+            divergence(ids, logprobs, own, tail)
+            for (ids, logprobs, tail), own in zip(self._kept, rows, strict=False)
+        ]
+        return float(np.concatenate(measured).mean())
 
 
 def reference(context: StepContext) -> dict[str, Any]:

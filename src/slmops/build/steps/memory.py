@@ -14,16 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from slmops.build.gguf_file import open_gguf
 from slmops.build.graph import StepContext
-from slmops.build.steps.divergence import compact, divergence, log_softmax
+from slmops.build.steps.divergence import KeptText, log_softmax
 from slmops.core.device.fit import ModelShape, Serving, memory_needed
 from slmops.core.errors import BuildError
 from slmops.runtimes.llama_cpp.logits import LogitModel
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 USES = (
@@ -86,15 +85,13 @@ def prices(context: StepContext) -> dict[str, Any]:
     if not bound:
         return {"bound": [], "kld": {}, "tokens": 0}
     windows = _windows(context.files["text"])
-    exact = [compact(rows) for rows in _logprobs(context.files["model"], windows, EXACT)]
+    exact = KeptText(_logprobs(context.files["model"], windows, EXACT))
     found = {}
     for kind in context.params["kv_caches"]:
         if kind == EXACT:
             found[kind] = 0.0
             continue
-        rows = _logprobs(context.files["model"], windows, kind)
-        pairs = zip(exact, rows, strict=True)
-        found[kind] = float(np.concatenate([divergence(ids, kept, own) for (ids, kept), own in pairs]).mean())
+        found[kind] = exact.mean_divergence(_logprobs(context.files["model"], windows, kind))
         context.progress(None, f"KV cache in {kind}: KL divergence {found[kind]:.4f}")
     return {"bound": bound, "kld": found, "tokens": sum(map(len, windows))}
 
@@ -177,9 +174,10 @@ def _windows(path: Path) -> list[list[int]]:
     return [token_ids[index * length : (index + 1) * length] for index in range(most)]
 
 
-def _logprobs(path: Path, windows: Sequence[Sequence[int]], kv_cache: str) -> list[NDArray[np.float32]]:
+def _logprobs(path: Path, windows: Sequence[Sequence[int]], kv_cache: str) -> Iterator[NDArray[np.float32]]:
     context = -(-max(map(len, windows)) // 256) * 256
     with LogitModel(
         path, context_tokens=context, threads=1, batch_tokens=BATCH_TOKENS, kv_cache=kv_cache
     ) as model:
-        return [log_softmax(model.logits(token_ids)[:-1]) for token_ids in windows]
+        for token_ids in windows:
+            yield log_softmax(model.logits(token_ids)[:-1])
