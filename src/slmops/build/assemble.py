@@ -118,6 +118,7 @@ def assemble(
                     "golden-expectations.json",
                 ),
                 shape=made_by["shape"],
+                serving=serving_with(read, target, results),
                 measured=msgspec.convert(
                     {name: figures.get(name) for name in Measured.__struct_fields__}, Measured
                 ),
@@ -265,6 +266,13 @@ def _rate(outcomes: Sequence[bool]) -> float | None:
     return sum(outcomes) / len(outcomes) if outcomes else None
 
 
+def serving_with(read: ReadRecipe, target: Target, results: Mapping[str, StepResult]) -> dict[str, Any]:
+    """Settings that a variant's memory was reckoned with: a search may choose them, an export takes the recipe's."""
+    if target.is_export:
+        return serving_of(read.recipe)
+    return dict(results[of_target("choose", target)].value["serving"])
+
+
 def _figures(
     read: ReadRecipe, target: Target, results: Mapping[str, StepResult], items: Mapping[str, Item]
 ) -> dict[str, Any]:
@@ -272,7 +280,7 @@ def _figures(
     made_by = results[made_of(target)].value
     speed = results[of_target("speed", target)].value
     profile = read.profiles[target.profile]
-    serving = Serving(**serving_of(read.recipe))
+    serving = Serving(**serving_with(read, target, results))
     predicted = predict_decode_tps(
         ModelShape(**made_by["shape"]), serving, effective_bandwidth(None, profile)
     )
@@ -373,6 +381,8 @@ def _searched_row(target: Target, results: Mapping[str, StepResult]) -> dict[str
         "verified": _verified(results, target),
         "speed": choice["speed"],
         "memory": choice["memory"],
+        "serving": choice["serving"],
+        "kv_cache_kld": choice["kv_cache_kld"],
         "ways": quantised["ways"],
         "fallbacks": quantised["fallbacks"],
     }

@@ -6,7 +6,7 @@ from typing import Any
 
 from slmops.build.graph import Output, SourceFile, Step
 from slmops.build.recipe_files import ReadRecipe, serving_of
-from slmops.build.search_plan import chosen_by
+from slmops.build.search_plan import chosen_by, serving_inputs
 from slmops.build.step_names import (
     ASKED_PARENT,
     ASKED_REFERENCE,
@@ -85,13 +85,13 @@ def measure_steps(
         Step(
             of_target("likelihood", target),
             "slmops.build.steps.divergence:compare",
-            {"model": variant, "text": text, **_DISTRIBUTIONS},
+            {"model": variant, "text": text, **_DISTRIBUTIONS, **serving_inputs(read, target)},
             {"runtime": target.runtime},
         ),
         Step(
             of_target("golden scores", target),
             "slmops.build.steps.golden:score",
-            {"model": variant, "pack": Output(PACK, "golden-pack.json")},
+            {"model": variant, "pack": Output(PACK, "golden-pack.json"), **serving_inputs(read, target)},
             {"serving": serving_of(read.recipe)},
         ),
     ]
@@ -147,7 +147,7 @@ def speed_step(read: ReadRecipe, target: Target, variant: Output, evaluation: Ev
     return Step(
         of_target("speed", target),
         "slmops.build.steps.speed:measure",
-        {"model": variant},
+        {"model": variant, **serving_inputs(read, target)},
         speed_params(read, evaluation),
         exclusive=True,
     )

@@ -45,7 +45,9 @@ from slmops.build.search_plan import (
     chosen_by,
     feedback_inputs,
     gradient_steps,
+    kv_step,
     possible_step,
+    serves_freely,
     verify_step,
 )
 from slmops.build.step_names import (
@@ -55,6 +57,7 @@ from slmops.build.step_names import (
     DAMAGE_PARTS,
     DISTRIBUTIONS,
     SPEEDS,
+    TENSOR_PARTS,
     TEXT,
     of_target,
 )
@@ -141,6 +144,8 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
     variants = {target.profile: Output(of_target("quantise", target), "model.gguf") for target in ggufs}
     unbounded = [target for target in ggufs if target.budget.artifact_bytes is None]
     steps += [budget_step(of_target("budget", t), read, t, reference) for t in unbounded]
+    if ggufs and serves_freely(read.recipe):
+        steps.append(kv_step(read, ggufs, reference, calibration))
     for target in ggufs:
         choosing = choose_step(read, target, reference)
         steps.append(choosing)
@@ -150,7 +155,18 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
     for target in ggufs:
         choice = Output(chosen_by(read.recipe, target))
         inputs: dict[str, Output | SourceFile] = {**weights, "choice": choice, **feedback_inputs(read)}
-        steps.append(Step(of_target("quantise", target), "slmops.build.steps.quantise:write_variant", inputs))
+        made_ahead = [
+            Step(
+                of_target(f"tensors {part + 1}", target),
+                "slmops.build.steps.quantise:make_tensors",
+                inputs,
+                {"part": part, "parts": TENSOR_PARTS},
+            )
+            for part in range(TENSOR_PARTS)
+        ]
+        ahead = {f"ahead-{part + 1}": Output(step.name) for part, step in enumerate(made_ahead)}
+        run = "slmops.build.steps.quantise:write_variant"
+        steps += [*made_ahead, Step(of_target("quantise", target), run, inputs | ahead)]
     steps.append(
         Step(
             DISTRIBUTIONS, "slmops.build.steps.divergence:reference", {"model": made.dense, "text": held_out}

@@ -34,6 +34,9 @@ KV_TYPES: dict[str, tuple[int, int]] = {
     "iq4_nl": (18, 32),
 }
 
+#: Types worth trying where memory is short, best first: others lie between them.
+KV_CHOICES = ("f16", "q8_0", "q4_0")
+
 #: The engine child with its binding loaded and no model: measured (bench/agent.py prints it), rounded up.
 RUNTIME_BASE_BYTES = 80 * (1 << 20)
 #: Share of a profile's memory bandwidth that decode reaches in practice on CPUs; a bench replaces it.
