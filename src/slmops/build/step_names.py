@@ -13,6 +13,9 @@ ASKED_PARENT, LIKELIHOOD_REFERENCE, SPARSITY = "answers: dense", "likelihood: un
 
 SPEEDS = "speed of types"
 
+#: how much of the long text a golden pack holds
+GOLDEN_TEXT = "golden text"
+
 TEXT, PACK, ASKED_BASE, ASKED_REFERENCE, DISTRIBUTIONS, GOLDEN_REFERENCE = (
     "render text",
     "golden pack",

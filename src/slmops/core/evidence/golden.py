@@ -8,14 +8,26 @@ Two questions with two standards (ADR 0004):
 * **committed** pack: the release that the device has proved sets a floor for each answer. Old and new model
   are compared on the same device and the same prompts; the new one may lose at most ``max_drop_ratio`` of
   them. This catches a release that is internally consistent and bad.
+
+A prompt may carry a **trace**: what this very file said at every token of a long text when it was built. Its mean over a text
+hides most faults, because one token gains what another loses; the mean of the absolute differences does not. What is tolerated
+there is what other kernels and KV-cache types do to a good file (ADR 0012).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from slmops.core.evidence.statistics import PairedCounts
+
+#: KV-cache types between which a model differs no more than between two machines
+FINE_KV_TYPES = frozenset({"f32", "f16", "bf16", "q8_0"})
+#: the floor of a release for an answer that a later one need not keep
+NO_FLOOR = -1000.0
+#: a trace tells no smaller log-probability than this
+TRACE_LEAST = -15.9375
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +37,34 @@ class PromptScore:
     Attributes:
         tokens_sha256: digest of the token ids that the device made of prompt and answer.
         mean_logprob: mean log-probability per answer token, nats; None when the engine could not score it.
+        logprobs: of each answer token.
     """
 
     tokens_sha256: str
     mean_logprob: float | None
+    logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What the file said at each answer token when it was built; see ``artifact.manifest.GoldenTrace``."""
+
+    kv_cache: str
+    logprobs: tuple[float, ...]
+    tolerance: float
+    tolerance_other_kv: float
+
+    def distance(self, logprobs: Sequence[float]) -> float:
+        """Mean absolute difference, nats a token; NaN when there are others than expected."""
+        if len(logprobs) != len(self.logprobs) or not logprobs:
+            return math.nan
+        pairs = zip(logprobs, self.logprobs, strict=True)
+        return sum(abs(max(now, TRACE_LEAST) - then) for now, then in pairs) / len(logprobs)
+
+    def allowed(self, kv_cache: str) -> float:
+        """What is tolerated of an engine with this KV-cache type."""
+        alike = kv_cache == self.kv_cache or {kv_cache, self.kv_cache} <= FINE_KV_TYPES
+        return self.tolerance if alike else self.tolerance_other_kv
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +76,12 @@ class PromptExpectation:
     reference_logprob: float
     tolerance: float
     floor: float
+    trace: Trace | None = None
+
+    @property
+    def counts_later(self) -> bool:
+        """Whether a later release must keep this answer."""
+        return self.floor > NO_FLOOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +111,16 @@ class PairedResult:
         return self.counts.n == 0 or self.counts.drop <= self.max_drop_ratio + 1e-12
 
 
-def judge_own(expectations: Sequence[PromptExpectation], scores: Mapping[str, PromptScore]) -> OwnResult:
-    """Judge a candidate by its own pack; a missing score is a failure."""
+def judge_own(
+    expectations: Sequence[PromptExpectation], scores: Mapping[str, PromptScore], kv_cache: str = ""
+) -> OwnResult:
+    """Judge a candidate by its own pack; a missing score is a failure.
+
+    Args:
+        expectations: of the pack.
+        scores: by prompt id.
+        kv_cache: the engine's KV-cache type.
+    """
     problems: list[str] = []
     for expected in expectations:
         score = scores.get(expected.id)
@@ -85,15 +135,27 @@ def judge_own(expectations: Sequence[PromptExpectation], scores: Mapping[str, Pr
                 f"{expected.id}: log-probability {score.mean_logprob:.3f}, "
                 f"expected {expected.reference_logprob:.3f} ± {expected.tolerance:.3f}"
             )
+        elif expected.trace is not None:
+            distance, allowed = expected.trace.distance(score.logprobs), expected.trace.allowed(kv_cache)
+            if not distance <= allowed:  # NaN fails, too
+                problems.append(
+                    f"{expected.id}: its tokens' log-probabilities are {distance:.3f} nats from what this file said when it "
+                    f"was built, on average; at most {allowed:.3f} is expected of a whole file"
+                )
     return OwnResult(len(expectations) - len(problems), tuple(problems))
 
 
 def keeps_answers(
     expectations: Sequence[PromptExpectation], scores: Mapping[str, PromptScore]
 ) -> dict[str, bool]:
-    """For each prompt, whether the model still finds the expected answer likely enough (its floor)."""
+    """For each prompt, whether the model still finds the expected answer likely enough (its floor).
+
+    Prompts without a floor are left out: they have no vote on a later release, and must not dilute what it may lose.
+    """
     kept: dict[str, bool] = {}
     for expected in expectations:
+        if not expected.counts_later:
+            continue
         score = scores.get(expected.id)
         kept[expected.id] = (
             score is not None and score.mean_logprob is not None and score.mean_logprob >= expected.floor
@@ -102,7 +164,13 @@ def keeps_answers(
 
 
 def judge_paired(old: Mapping[str, bool], new: Mapping[str, bool], max_drop_ratio: float) -> PairedResult:
-    """Compare which answers of the committed pack the old and the new model keep."""
+    """Compare which answers of the committed pack the old and the new model keep.
+
+    Args:
+        old: prompt id to whether it was kept; ``new``: the same; a prompt that is missing there is lost.
+        new: see above.
+        max_drop_ratio: share of the prompts that may be lost.
+    """
     ids = sorted(old)
     counts = PairedCounts.of([old[i] for i in ids], [new.get(i, False) for i in ids])
     lost = tuple(i for i in ids if old[i] and not new.get(i, False))
