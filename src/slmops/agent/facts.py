@@ -50,12 +50,12 @@ def rounded_disk(free: int) -> int:
     return free // step * step if free >= step else free
 
 
-def device_facts(facts: Facts) -> DeviceFacts:
-    """The same, as the fit wants it."""
+def device_facts(facts: Facts, runtime: str) -> DeviceFacts:
+    """The same, as the fit of a variant of this runtime wants it."""
     bench = facts.bench
     speed = (
         MeasuredSpeed(bench.weights_bytes, bench.decode_tps, bench.prefill_tps, bench.parameters)
-        if bench is not None
+        if bench is not None and bench.speaks_of(runtime)
         else None
     )
     return DeviceFacts(facts.ram_limit_bytes, facts.disk_free_bytes, facts.runtimes, facts.cores, speed)
