@@ -252,7 +252,7 @@ class EngineKeeper:
             model_path=await asyncio.to_thread(make_view, self._layout, name, slot),
             context_tokens=serving.context_tokens,
             slots=serving.parallel,
-            kv_cache=serving.kv_cache,
+            kv_cache=runtime.capabilities.kv_cache_for(serving.kv_cache),
             threads=self._config.threads,
             batch_tokens=max(serving.micro_batch_tokens, 64),
             ubatch_tokens=serving.micro_batch_tokens,
