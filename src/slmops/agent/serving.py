@@ -214,7 +214,8 @@ class EngineKeeper:
         except TrustError:
             return 0, 0
         shape = variant.model_shape()
-        return memory_needed(shape, fit_serving(slot.assignment.serving)).total_bytes, shape.weights_bytes
+        serving = fit_serving(slot.assignment.serving)
+        return memory_needed(shape, serving, slot.runtime).total_bytes, shape.weights_bytes
 
     async def start(self, name: SlotName) -> Backend:
         """The slot's engine, started if need be and ready to answer. What it serves from is hashed before.
