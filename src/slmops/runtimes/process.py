@@ -236,6 +236,14 @@ class EngineProcess:
                 )
             await asyncio.sleep(_POLL_S)
 
+    async def healthy(self, timeout_s: float) -> bool:
+        """See `Engine`."""
+        try:
+            response = await self._client(self._sockets.engine).get("/health", timeout=timeout_s)
+        except httpx.HTTPError:
+            return False
+        return response.status_code == httpx.codes.OK
+
     async def stop(self, grace_s: float = 5.0) -> None:
         """See `Engine`."""
         self.peak_rss_bytes()
