@@ -74,32 +74,33 @@ class GenaiModel:
         """See :class:`tool_protocol.ExportedModel`."""
         return str(self._tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True))
 
-    def logits(self, token_ids: Sequence[int]) -> Any:
+    def logits(self, token_ids: Sequence[int], first: int) -> Any:
         """See :class:`tool_protocol.ExportedModel`."""
         import numpy as np
 
         generator = self._generator(len(token_ids) + 1)
         generator.append_tokens(np.array(token_ids, dtype=np.int32))
-        return np.array(generator.get_output("logits"), dtype=np.float32)[0]
+        return np.array(generator.get_output("logits"), dtype=np.float32)[0, first:]
 
-    def generate(self, token_ids: Sequence[int], max_tokens: int) -> list[int]:
+    def generate(self, token_ids: Sequence[int], max_tokens: int, *, stop: bool) -> list[int]:
         """See :class:`tool_protocol.ExportedModel`."""
         import numpy as np
 
-        generator = self._generator(len(token_ids) + max_tokens)
+        length = len(token_ids) + max_tokens
+        generator = self._generator(length, 0 if stop else length)
         generator.append_tokens(np.array(token_ids, dtype=np.int32))
         made: list[int] = []
         while len(made) < max_tokens and not generator.is_done():
             generator.generate_next_token()
             token = int(generator.get_next_tokens()[0])
-            if token in self._ends:
+            if stop and token in self._ends:
                 break
             made.append(token)
         return made
 
-    def _generator(self, max_length: int) -> Any:
+    def _generator(self, max_length: int, min_length: int = 0) -> Any:
         params = self._og.GeneratorParams(self._model)
-        params.set_search_options(do_sample=False, max_length=max_length)
+        params.set_search_options(do_sample=False, max_length=max_length, min_length=min_length)
         return self._og.Generator(self._model, params)
 
 
