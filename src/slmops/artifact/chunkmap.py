@@ -16,7 +16,7 @@ byte.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 
@@ -94,13 +94,20 @@ def decode_chunk_map(content: bytes) -> ChunkMap:
     return chunk_map
 
 
-def make_chunk_map(content: Buffer, artifact_format: str, what: str = "artifact") -> ChunkMap:
+def make_chunk_map(
+    content: Buffer,
+    artifact_format: str,
+    what: str = "artifact",
+    *,
+    cut: Callable[..., list[int]] = cut_points,
+) -> ChunkMap:
     """Cut an artifact and hash its pieces (the whole file is hashed in the same pass).
 
     Args:
         content: the whole artifact; pass an ``mmap`` for large files.
         artifact_format: ``gguf`` or anything else for cutting by content.
         what: name for error messages.
+        cut: :func:`~slmops.artifact.fastcdc.cut_points`, or a faster one that gives the same.
 
     Raises:
         BaseModelError: the format is ``gguf`` and the file is not one.
@@ -110,7 +117,7 @@ def make_chunk_map(content: Buffer, artifact_format: str, what: str = "artifact"
     if artifact_format == "gguf":
         sizes = list(_gguf_sizes(content, parse_gguf(content, what)))
     else:
-        ends = cut_points(
+        ends = cut(
             bytes(content[0 : len(content)]),
             min_bytes=256 << 10,
             average_bytes=1 << 20,

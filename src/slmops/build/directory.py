@@ -139,6 +139,7 @@ def describe(build: Build) -> dict[str, Any]:
                 "sha256": v.model.sha256,
                 "measured": {name: getattr(v.measured, name) for name in v.measured.__struct_fields__},
                 "quantised": v.quantised,
+                "serving": v.serving,
                 "predicted_decode_tps": v.predicted_decode_tps,
             }
             for v in build.variants

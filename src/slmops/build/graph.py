@@ -12,7 +12,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,23 @@ TOOLS = ("gguf", "numpy", "xllamacpp")
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What another step gives: one of its files, or (without a file name) its JSON value."""
+    """What another step gives: one of its files, or (without a file name) its JSON value.
+
+    A file name that ends in ``*`` stands for all files that begin so, for steps whose files are known only when they have
+    run: they come under their own names, and the input's name is not used.
+    """
 
     step: str
     file: str = ""
+
+    @property
+    def is_many(self) -> bool:
+        """Whether it stands for several files."""
+        return self.file.endswith("*")
+
+    def pick(self, names: Iterable[str]) -> list[str]:
+        """Those of a step's files that it stands for, in order."""
+        return sorted(name for name in names if name.startswith(self.file[:-1]))
 
 
 @dataclass(frozen=True, slots=True)

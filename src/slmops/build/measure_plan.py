@@ -6,7 +6,7 @@ from typing import Any
 
 from slmops.build.graph import Output, SourceFile, Step
 from slmops.build.recipe_files import ReadRecipe, serving_of
-from slmops.build.search_plan import chosen_by
+from slmops.build.search_plan import chosen_by, serving_inputs
 from slmops.build.step_names import (
     ASKED_PARENT,
     ASKED_REFERENCE,
@@ -85,13 +85,13 @@ def measure_steps(
         Step(
             of_target("likelihood", target),
             "slmops.build.steps.divergence:compare",
-            {"model": variant, "text": text, **_DISTRIBUTIONS},
+            {"model": variant, "text": text, **_DISTRIBUTIONS, **serving_inputs(read, target)},
             {"runtime": target.runtime},
         ),
         Step(
             of_target("golden scores", target),
             "slmops.build.steps.golden:score",
-            {"model": variant, "pack": Output(PACK, "golden-pack.json")},
+            {"model": variant, "pack": Output(PACK, "golden-pack.json"), **serving_inputs(read, target)},
             {"serving": serving_of(read.recipe)},
         ),
     ]
@@ -117,10 +117,11 @@ def sparsity_step(
         "choice": Output(chosen_by(read.recipe, target)),
     }
     run = "slmops.build.steps.sparsify:report"
-    return Step(SPARSITY, run, inputs, _speed_params(read, evaluation), exclusive=True)
+    return Step(SPARSITY, run, inputs, speed_params(read, evaluation), exclusive=True)
 
 
-def _speed_params(read: ReadRecipe, evaluation: Evaluation) -> dict[str, Any]:
+def speed_params(read: ReadRecipe, evaluation: Evaluation) -> dict[str, Any]:
+    """What every measurement of speed is told."""
     return {
         "serving": serving_of(read.recipe),
         "prompt_tokens": PROMPT_TOKENS,
@@ -137,7 +138,7 @@ def expect_step(target: Target, targets: tuple[Target, ...]) -> Step:
         "reference": Output(GOLDEN_REFERENCE),
         "own": Output(of_target("golden scores", target)),
     }
-    inputs |= {f"variant-{other.profile}": Output(of_target("golden scores", other)) for other in targets}
+    inputs |= {f"variant-{other.key}": Output(of_target("golden scores", other)) for other in targets}
     return Step(of_target("expectations", target), "slmops.build.steps.golden:expect", inputs, light=True)
 
 
@@ -146,7 +147,7 @@ def speed_step(read: ReadRecipe, target: Target, variant: Output, evaluation: Ev
     return Step(
         of_target("speed", target),
         "slmops.build.steps.speed:measure",
-        {"model": variant},
-        _speed_params(read, evaluation),
+        {"model": variant, **serving_inputs(read, target)},
+        speed_params(read, evaluation),
         exclusive=True,
     )

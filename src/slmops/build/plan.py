@@ -16,6 +16,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slmops.build.export.formats import format_of
+from slmops.build.export_plan import (
+    export_steps,
+    exported_measure_steps,
+    exported_speed_step,
+    source_step,
+)
 from slmops.build.first_steps import (
     BASE,
     base_step,
@@ -29,6 +36,7 @@ from slmops.build.measure_plan import (
     golden_pack_steps,
     measure_steps,
     sparsity_step,
+    speed_params,
     speed_step,
 )
 from slmops.build.recipe_files import MEASURE, ReadRecipe
@@ -37,7 +45,9 @@ from slmops.build.search_plan import (
     chosen_by,
     feedback_inputs,
     gradient_steps,
+    kv_step,
     possible_step,
+    serves_freely,
     verify_step,
 )
 from slmops.build.step_names import (
@@ -47,6 +57,7 @@ from slmops.build.step_names import (
     DAMAGE_PARTS,
     DISTRIBUTIONS,
     SPEEDS,
+    TENSOR_PARTS,
     TEXT,
     of_target,
 )
@@ -87,6 +98,10 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
         NotFoundError: ``only`` names a profile that is no target.
     """
     targets = _chosen(read.recipe, only)
+    exports = tuple(target for target in targets if target.is_export)
+    ggufs = tuple(target for target in targets if not target.is_export)
+    for target in exports:
+        format_of(target.runtime, target.precision)
     steps: list[Step] = []
     base = base_step(read, steps)
     made = plan_weights(
@@ -96,15 +111,20 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
     calibration, held_out = Output(TEXT, "calibration.json"), Output(TEXT, "held-out.json")
     imatrix = Output("imatrix", "imatrix.npz")
     search = read.recipe.search
-    bounded = [target for target in targets if target.budget.artifact_bytes is not None]
+    bounded = [target for target in ggufs if target.budget.artifact_bytes is not None]
     steps += [possible_step(read, target, reference) for target in bounded]
-    steps.append(
+    if exports:
+        steps.append(source_step(reference))
+        for target in exports:
+            steps += export_steps(read, target, reference, held_out)
+    searched = steps if ggufs else []  # what only a search needs: exports alone have none
+    searched.append(
         Step("imatrix", "slmops.build.steps.calibrate:imatrix", {"model": reference, "text": calibration})
     )
     weights: dict[str, Output | SourceFile] = {"model": reference, "imatrix": imatrix}
     for part in range(DAMAGE_PARTS if search.probe_tokens else 0):
         params = {"probe_tokens": search.probe_tokens, "part": part, "parts": DAMAGE_PARTS}
-        steps.append(
+        searched.append(
             Step(
                 f"damage {part + 1}",
                 "slmops.build.steps.sensitivity:damage",
@@ -113,27 +133,40 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
             )
         )
     rows = {"types": list(search.types), "sample_rows": search.sample_rows}
-    steps.append(
+    searched.append(
         Step("errors", "slmops.build.steps.sensitivity:errors", {**weights, "base": made.base}, rows)
     )
-    steps += gradient_steps(read, weights, calibration)
+    searched += gradient_steps(read, weights, calibration)
     if search.speed == MEASURE:
         types = {"types": list(search.types), "repeats": evaluation.bench_repeats}
         run = "slmops.build.steps.type_speed:measure"
-        steps.append(Step(SPEEDS, run, {"model": reference}, types, exclusive=True))
-    variants = {target.profile: Output(of_target("quantise", target), "model.gguf") for target in targets}
-    unbounded = [target for target in targets if target.budget.artifact_bytes is None]
+        searched.append(Step(SPEEDS, run, {"model": reference}, types, exclusive=True))
+    variants = {target.profile: Output(of_target("quantise", target), "model.gguf") for target in ggufs}
+    unbounded = [target for target in ggufs if target.budget.artifact_bytes is None]
     steps += [budget_step(of_target("budget", t), read, t, reference) for t in unbounded]
-    for target in targets:
+    if ggufs and serves_freely(read.recipe):
+        steps.append(kv_step(read, ggufs, reference, calibration))
+    for target in ggufs:
         choosing = choose_step(read, target, reference)
         steps.append(choosing)
         if search.verify_tokens:
             steps.append(verify_step(read, target, choosing, calibration))
     steps.append(answers_step(read, ASKED_REFERENCE, reference, evaluation))
-    for target in targets:
+    for target in ggufs:
         choice = Output(chosen_by(read.recipe, target))
         inputs: dict[str, Output | SourceFile] = {**weights, "choice": choice, **feedback_inputs(read)}
-        steps.append(Step(of_target("quantise", target), "slmops.build.steps.quantise:write_variant", inputs))
+        made_ahead = [
+            Step(
+                of_target(f"tensors {part + 1}", target),
+                "slmops.build.steps.quantise:make_tensors",
+                inputs,
+                {"part": part, "parts": TENSOR_PARTS},
+            )
+            for part in range(TENSOR_PARTS)
+        ]
+        ahead = {f"ahead-{part + 1}": Output(step.name) for part, step in enumerate(made_ahead)}
+        run = "slmops.build.steps.quantise:write_variant"
+        steps += [*made_ahead, Step(of_target("quantise", target), run, inputs | ahead)]
     steps.append(
         Step(
             DISTRIBUTIONS, "slmops.build.steps.divergence:reference", {"model": made.dense, "text": held_out}
@@ -145,16 +178,21 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
         few = evaluation.model_copy(update={"task_items": evaluation.base_items, "constrained_items": 0})
         steps.append(answers_step(read, ASKED_BASE, base, few))
     # without a budget of its own a variant is at most what its profile's memory holds
-    smallest = min(targets, key=lambda t: t.budget.artifact_bytes or read.profiles[t.profile].ram_bytes)
-    steps += golden_pack_steps(read, reference, variants[smallest.profile], evaluation)
-    for target in targets:
+    smallest = min(
+        ggufs, key=lambda t: t.budget.artifact_bytes or read.profiles[t.profile].ram_bytes, default=None
+    )
+    steps += golden_pack_steps(
+        read, reference, variants[smallest.profile] if smallest else reference, evaluation
+    )
+    for target in ggufs:
         steps += measure_steps(read, target, variants[target.profile], held_out, evaluation)
+    for target in exports:
+        steps += exported_measure_steps(read, target, reference, held_out, evaluation)
     steps += [expect_step(target, targets) for target in targets]
-    steps += [speed_step(read, target, variants[target.profile], evaluation) for target in targets]
-    if made.before_zeros is not None:
-        steps.append(
-            sparsity_step(read, targets[0], variants[targets[0].profile], made.before_zeros, evaluation)
-        )
+    steps += [speed_step(read, target, variants[target.profile], evaluation) for target in ggufs]
+    steps += [exported_speed_step(target, speed_params(read, evaluation)) for target in exports]
+    if made.before_zeros is not None and ggufs:
+        steps.append(sparsity_step(read, ggufs[0], variants[ggufs[0].profile], made.before_zeros, evaluation))
     paired = ASKED_PARENT if made.is_cut else ASKED_REFERENCE
     return Plan(tuple(steps), reference, base, targets, evaluation, made, paired)
 

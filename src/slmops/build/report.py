@@ -27,6 +27,8 @@ _WHY = {
 #: mean KL divergence, nats a token, below which a further MB is not worth asking for
 _GOOD_KLD = 0.02
 _KNEE_BITS = 4.9
+#: another way to serve is worth a sentence when it leaves at most this share of the expected divergence
+_WORTH_SAYING = 0.8
 _MANY_ROWS = 32_000
 
 
@@ -87,8 +89,37 @@ def _chosen(row: Mapping[str, Any]) -> list[str]:
         f"{_mb(row['artifact_bytes'])}, {figures['bits_per_weight']:.1f} bits a weight; "
         f"{_mb(budget['allowed_bytes'])} were allowed: {why}",
         f"matrices: {mix}",
+        *_served(row),
         f"{figures['decode_tps']:.0f} tokens/s measured here with one thread, {figures['predicted_decode_tps']:.0f} "
         f"predicted on the device; {_mb(figures['rss_bytes'])} of memory at most",
+    ]
+
+
+def _served(row: Mapping[str, Any]) -> list[str]:
+    if "serving" not in row:  # a build of an earlier version
+        return []
+    serving, price = row["serving"], row["kv_cache_kld"]
+    said = (
+        f"its memory was reckoned with kv_cache {serving['kv_cache']}, {serving['context_tokens']} tokens of context, "
+        f"{serving['parallel']} at once: say so under serving: of the blueprint"
+    )
+    return [said + (f"; the cache type costs about {price:.4f} nats a token" if price > 0 else "")]
+
+
+def _more_for_weights(row: Mapping[str, Any]) -> list[str]:
+    """Where memory is the bound: what another way to serve would leave for weights."""
+    ways = [way for way in row["memory"] if way["expected_kld"] is not None] if "serving" in row else []
+    best = min(ways, key=lambda way: way["expected_kld"] + (way["kv_cache_kld"] or 0.0), default=None)
+    if best is None or best["allowed_bytes"] <= row["budget"]["allowed_bytes"]:
+        return []
+    expected = best["expected_kld"] + (best["kv_cache_kld"] or 0.0)
+    if expected > _WORTH_SAYING * (row["expected_kld"] + row["kv_cache_kld"]):
+        return []
+    unknown = "" if best["kv_cache_kld"] is not None else ", not counting what the cache type itself costs"
+    return [
+        f"served with kv_cache {best['kv_cache']} and {best['context_tokens']} tokens of context, memory would leave "
+        f"{_mb(best['allowed_bytes'])} for the file: divergence {expected:.3f} expected where this one has "
+        f"{row['expected_kld'] + row['kv_cache_kld']:.3f}{unknown}"
     ]
 
 
@@ -142,6 +173,7 @@ def _help(row: Mapping[str, Any], evidence: Mapping[str, Any], shape: Mapping[st
             f"more examples: {split['examples']} were given, so {split['held_out']} could be held out, too few to gate the "
             "task itself; about 180 make a gate of 5 points possible"
         )
+    said += _more_for_weights(row)
     before = evidence["reference"].get("exact_match_ratio")
     if before is not None and before < 0.5 and evidence["reference"]["items"]:
         said.append(

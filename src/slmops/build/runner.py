@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from slmops.artifact.digest import digest_of
 from slmops.build.cache import Cache, StepResult
 from slmops.build.durations import Durations
 from slmops.build.events import Progress, StepEvent, StepState
@@ -137,6 +138,8 @@ class _Run:
         if isinstance(source, SourceFile):
             return source.sha256
         result = self.results[source.step]
+        if source.is_many:
+            return digest_of({name: result.files[name].sha256 for name in source.pick(result.files)})
         return result.files[source.file].sha256 if source.file else result.value_digest()
 
     def _start(self, step: Step, key: str, inputs: dict[str, str]) -> None:
@@ -145,6 +148,9 @@ class _Run:
         for name, source in step.inputs.items():
             if isinstance(source, SourceFile):
                 files[name] = source.path
+            elif source.is_many:
+                made = self.results[source.step].files
+                files |= {one: self.cache.path(made[one].sha256) for one in source.pick(made)}
             elif source.file:
                 files[name] = self.cache.path(self.results[source.step].files[source.file].sha256)
             else:

@@ -8,10 +8,21 @@ DAMAGE_PARTS = 2
 
 PREDICTION_PARTS = 2
 
+#: processes that make a variant's tensors
+TENSOR_PARTS = 2
+
+#: only where gradients are projected: step, and the input by which the choice knows it
+PROJECTION = "projections"
+
 #: only where the recipe cuts or trains: the model before that, and what the cuts alone cost
 ASKED_PARENT, LIKELIHOOD_REFERENCE, SPARSITY = "answers: dense", "likelihood: unquantised", "sparsity report"
 
 SPEEDS = "speed of types"
+
+#: only where a target is exported: the reference as exporters read it
+EXPORT_SOURCE = "export source"
+#: only where the search may choose how a model is served
+KV_CACHES = "kv caches"
 
 TEXT, PACK, ASKED_BASE, ASKED_REFERENCE, DISTRIBUTIONS, GOLDEN_REFERENCE = (
     "render text",
@@ -25,4 +36,4 @@ TEXT, PACK, ASKED_BASE, ASKED_REFERENCE, DISTRIBUTIONS, GOLDEN_REFERENCE = (
 
 def of_target(kind: str, target: Target) -> str:
     """Name of a target's step."""
-    return f"{kind}: {target.profile}"
+    return f"{kind}: {target.key}"

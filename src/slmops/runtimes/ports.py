@@ -142,6 +142,13 @@ class Capabilities:
     forces_tool_choice: bool = False
     max_slots: int | None = None
 
+    def kv_cache_for(self, asked: str) -> str:
+        """The element type of the KV cache for an asked one: where a runtime has only one, that one.
+
+        The blueprint's choice is for runtimes that have a choice; ``/v1/models/{id}`` tells what is in force.
+        """
+        return next(iter(self.kv_cache_types)) if len(self.kv_cache_types) == 1 else asked
+
 
 @dataclass(frozen=True)
 class EngineProperties:

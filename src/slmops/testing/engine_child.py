@@ -190,6 +190,10 @@ class FakeEngine:
             pieces = [(text or " ")[index % max(len(text), 1)] for index in range(limit)]
         finish = "length" if len(pieces) > limit or body.get("ignore_eos") else "stop"
         pieces = pieces[:limit]
+        stop = body.get("stop") or []
+        ends = ["".join(pieces).find(one) for one in ([stop] if isinstance(stop, str) else stop)]
+        if found := [end for end in ends if end >= 0]:
+            pieces, finish = pieces[: min(found)], "stop"
         usage = {
             "prompt_tokens": len(prompt),
             "completion_tokens": len(pieces),

@@ -17,7 +17,7 @@ Source: Martens and Grosse 2015, arXiv:1503.05671, sections 2 and 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,19 +50,85 @@ class Moments:
     tokens: int
 
 
-class _Outputs:
-    """The hook: adds a zero to every layer's output, whose gradient is the gradient of that output."""
+class Outputs:
+    """The hook: adds a zero to every layer's output, whose gradient is the gradient of that output.
 
-    def __init__(self) -> None:
+    Args:
+        llama: whose layers are watched.
+        keep_inputs: also keep what each layer was given.
+    """
+
+    def __init__(self, llama: Llama, *, keep_inputs: bool = False) -> None:
         self.leaves: dict[str, torch.Tensor] = {}
+        self.inputs: dict[str, torch.Tensor] = {}
+        self._keep_inputs = keep_inputs
+        self._widths = {
+            name.removesuffix(".weight"): weight.shape[0]
+            for name, weight in llama.weights.items()
+            if weight.ndim == 2
+        }
 
     def delta(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
         """A leaf of zeros; its width is learned from the layer's weight."""
-        leaf = torch.zeros(len(x), self.widths[name], requires_grad=True)
+        leaf = torch.zeros(len(x), self._widths[name], requires_grad=True)
         self.leaves[name] = leaf
+        if self._keep_inputs:
+            self.inputs[name] = x.detach()
         return leaf
 
-    widths: dict[str, int]
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """By layer the gradient of its output, (tokens, out_features)."""
+        found = {name: leaf.grad for name, leaf in self.leaves.items()}
+        return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One packed row, gone through forward and backward.
+
+    Attributes:
+        ids, positions: of its tokens, (t,).
+        hidden: after the last norm, (t, hidden).
+        chances: of every next token, (t, vocabulary).
+        embedded: gradient of what the embedding gave, (t, hidden).
+        ratio: share of the rows done with this one.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    hidden: torch.Tensor
+    chances: torch.Tensor
+    embedded: torch.Tensor
+    ratio: float
+
+
+def passes(llama: Llama, sequences: Sequence[Sequence[int]], seed: int, hook: Outputs) -> Iterator[Pass]:
+    """Run a text forward and backward once, with targets sampled from the model; the hook has the layers' gradients.
+
+    Args:
+        llama: float32 weights.
+        sequences: token ids; each is a text of its own.
+        seed: of the sampled targets.
+        hook: watches the layers; emptied before each row.
+    """
+    chance = torch.Generator().manual_seed(seed)
+    embedding = llama.weights["token_embd.weight"]
+    rows = packed(sequences)
+    try:
+        for index, (ids, positions, mask) in enumerate(rows):
+            hook.leaves.clear()
+            hook.inputs.clear()
+            own = embedding[ids].detach().clone().requires_grad_()  # (t, hidden): each place its own row
+            llama.weights["token_embd.weight"] = own
+            hidden = llama.hidden(torch.arange(len(ids)), positions, mask, hook)
+            likelihood = torch.log_softmax(llama.logits(hidden), dim=-1)
+            chances = likelihood.detach().exp()
+            targets = torch.multinomial(chances, 1, generator=chance)
+            torch.autograd.backward(likelihood.gather(1, targets).sum())
+            assert own.grad is not None
+            yield Pass(ids, positions, hidden.detach(), chances, own.grad, (index + 1) / len(rows))
+    finally:
+        llama.weights["token_embd.weight"] = embedding
 
 
 def moments(
@@ -72,7 +138,7 @@ def moments(
     seed: int,
     progress: Callable[[float], None] = lambda ratio: None,
 ) -> Moments:
-    """Run a text forward and backward once.
+    """Second moments over a text.
 
     Args:
         llama: float32 weights.
@@ -80,51 +146,34 @@ def moments(
         seed: of the sampled targets.
         progress: told the share done.
     """
-    chance = torch.Generator().manual_seed(seed)
-    hook = _Outputs()
-    hook.widths = {
-        name.removesuffix(".weight"): weight.shape[0]
-        for name, weight in llama.weights.items()
-        if weight.ndim == 2
-    }
-    output = "output.weight" if "output.weight" in llama.weights else "token_embd.weight"
-    embedding = llama.weights["token_embd.weight"]
+    hook = Outputs(llama)
     sums: dict[str, torch.Tensor] = {}
     by_input = torch.zeros(llama.shape.hidden, dtype=torch.float64)
     by_output = torch.zeros(llama.shape.vocabulary_tokens, dtype=torch.float64)
     counts = torch.zeros(llama.shape.vocabulary_tokens, dtype=torch.float64)
-    rows = packed(sequences)
-    try:
-        for index, (ids, positions, mask) in enumerate(rows):
-            own = embedding[ids].detach().clone().requires_grad_()  # (t, hidden): each place its own row
-            llama.weights["token_embd.weight"] = own
-            hidden = llama.hidden(torch.arange(len(ids)), positions, mask, hook)
-            likelihood = torch.log_softmax(llama.logits(hidden), dim=-1)
-            with torch.no_grad():
-                chances = likelihood.exp()
-                targets = torch.multinomial(chances, 1, generator=chance)
-                by_output += (chances * (1 - chances)).sum(0, dtype=torch.float64)
-                counts += torch.bincount(ids, minlength=len(counts))
-            torch.autograd.backward(likelihood.gather(1, targets).sum())
-            assert own.grad is not None
-            by_input += own.grad.square().sum(0, dtype=torch.float64)
-            for name, leaf in hook.leaves.items():
-                assert leaf.grad is not None
-                squares = leaf.grad.square().sum(0, dtype=torch.float64)
-                key = name + ".weight"
-                sums[key] = sums[key] + squares if key in sums else squares
-            hook.leaves.clear()
-            progress((index + 1) / len(rows))
-    finally:
-        llama.weights["token_embd.weight"] = embedding
-    tokens = sum(len(ids) for ids, _, _ in rows)
-    sums[output] = by_output
+    tokens = 0
+    for one in passes(llama, sequences, seed, hook):
+        by_output += (one.chances * (1 - one.chances)).sum(0, dtype=torch.float64)
+        counts += torch.bincount(one.ids, minlength=len(counts))
+        by_input += one.embedded.square().sum(0, dtype=torch.float64)
+        for name, gradient in hook.gradients().items():
+            squares = gradient.square().sum(0, dtype=torch.float64)
+            key = name + ".weight"
+            sums[key] = sums[key] + squares if key in sums else squares
+        tokens += len(one.ids)
+        progress(one.ratio)
+    sums[output_name(llama)] = by_output
     return Moments(
         {name: (total / tokens).numpy() for name, total in sums.items()},
         (by_input / tokens).numpy(),
         (counts / tokens).numpy(),
         tokens,
     )
+
+
+def output_name(llama: Llama) -> str:
+    """The tensor that gives the logits."""
+    return "output.weight" if "output.weight" in llama.weights else "token_embd.weight"
 
 
 def packed(sequences: Sequence[Sequence[int]]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

@@ -16,6 +16,11 @@ class Context(Protocol):
         ...
 
     @property
+    def values(self) -> Mapping[str, Any]:
+        """Values of the steps before, by input name."""
+        ...
+
+    @property
     def params(self) -> Mapping[str, Any]:
         """JSON values."""
         ...

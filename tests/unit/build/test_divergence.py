@@ -129,3 +129,15 @@ def test_perplexity_stays_finite() -> None:
     """A model that finds the text impossible still has a number that JSON can carry."""
     assert subject.perplexity(np.full(3, -1e6)) < float("inf")
     assert subject.perplexity(np.log(np.full(4, 0.25))) == pytest.approx(4.0)
+
+
+def test_a_kept_text_measures_what_the_whole_vocabulary_does() -> None:
+    """Sequence by sequence, kept in memory, the tail sampled: the mean is the exact one; on a first part of the text, too."""
+    rng = np.random.default_rng(5)
+    before = [subject.log_softmax(rng.normal(0, 2, (30, 2000)).astype(np.float32)) for _ in range(3)]
+    after = [subject.log_softmax(rows + rng.normal(0, 0.2, rows.shape).astype(np.float32)) for rows in before]
+    exact = [(np.exp(p) * (p - q)).sum(axis=1) for p, q in zip(before, after, strict=True)]
+    kept = subject.KeptText(iter(before))
+    assert kept.mean_divergence(iter(after)) == pytest.approx(np.concatenate(exact).mean(), rel=0.015)
+    assert kept.mean_divergence(after[:1]) == pytest.approx(exact[0].mean(), rel=0.06)
+    assert kept.mean_divergence(before) == pytest.approx(0.0, abs=1e-3)

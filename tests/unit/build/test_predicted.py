@@ -67,6 +67,39 @@ def test_predictions_are_used_where_there_are_some() -> None:
     assert found.report["rank_correlation"] == pytest.approx(1.0)
 
 
+def projections(*, order: int) -> dict[str, Any]:
+    names = [f"blk.{i}.ffn_up.weight" for i in range(4)]
+    probe = {name: 0.2 * (4 - i if order > 0 else i + 1) for i, name in enumerate(names)}
+    return {
+        "available": True,
+        "reason": "",
+        "kld": {name: {"Q4_0": value / 4, "Q8_0": 0.0} for name, value in probe.items()},
+        "probe": probe,
+    }
+
+
+def test_of_two_predictions_the_one_that_ranks_better_is_used() -> None:
+    """Both correlations are told; among equals KFAC stays; a recipe may insist on either."""
+    values = tables(available=True)
+    values["predictions-1"]["probe"] = {f"blk.{i}.ffn_up.weight": 0.1 * (i + 1) for i in range(4)}
+    better = sensitivity_of(values | {"projections": projections(order=1)})
+    assert better.report["method"] == "fisher"
+    assert better.report["rank_correlations"] == {
+        "errors": pytest.approx(-1.0),
+        "kfac": pytest.approx(-1.0),
+        "fisher": pytest.approx(1.0),
+    }
+    assert better.report["rank_correlation"] == pytest.approx(1.0)
+    # measured .4 against predicted .8: half, to the power of the correction
+    assert better.losses["blk.0.ffn_up.weight"]["Q4_0"] == pytest.approx(0.2 * 0.5**0.75)
+    assert sensitivity_of(values | {"projections": projections(order=-1)}).report["method"] == "kfac"
+    insisted = sensitivity_of(values | {"projections": projections(order=1)}, prefer="kfac")
+    assert insisted.report["method"] == "kfac"
+    del values["damage-1"]
+    unmeasured = sensitivity_of(values | {"projections": projections(order=1)})
+    assert unmeasured.report["method"] == "kfac" and unmeasured.report["rank_correlation"] is None
+
+
 def test_without_them_measured_damage_is_used_and_the_reason_told() -> None:
     """An architecture that torch cannot read falls back, by name; plain errors rank these groups backwards."""
     found = sensitivity_of(tables(available=False))

@@ -31,6 +31,7 @@ from slmops.agent.gateway.requests import (
 )
 from slmops.agent.serving import Backend, Router
 from slmops.core.errors import BusyError, SlmopsError, UsageError
+from slmops.runtimes.matrix import matrix_of
 
 RELEASE_HEADER = "X-Slmops-Release"
 IGNORED_HEADER = "X-Slmops-Ignored"
@@ -167,12 +168,18 @@ class Gateway:
     async def _chat(self, request: Request) -> Response:
         body = read_json(await read_body(request))
         return await self._generate(
-            "/v1/chat/completions", body, lambda b: parse_chat(body, b.capabilities, b.system_prompt)
+            "/v1/chat/completions",
+            body,
+            lambda b: parse_chat(body, b.capabilities, b.system_prompt, b.engine.spec.runtime),
         )
 
     async def _completions(self, request: Request) -> Response:
         body = read_json(await read_body(request))
-        return await self._generate("/v1/completions", body, lambda b: parse_completion(body, b.capabilities))
+        return await self._generate(
+            "/v1/completions",
+            body,
+            lambda b: parse_completion(body, b.capabilities, b.engine.spec.runtime),
+        )
 
     async def _generate(self, path: str, body: dict[str, Any], prepare: Prepare) -> Response:
         """Forward a request; while nothing has been answered yet, a dead engine costs a retry, not a failure."""
@@ -213,15 +220,9 @@ class Gateway:
 
     async def _embeddings(self, request: Request) -> Response:
         body = read_json(await read_body(request))
-        texts, encoding = parse_embeddings(body)
         async with self._router.borrow() as backend:
             check_model(body, model_names(backend))
-            if not backend.engine.spec.embeddings:
-                raise BadRequest(
-                    400,
-                    "embeddings are not supported by this device's runtime",
-                    code="unsupported_value",
-                )
+            texts, encoding = parse_embeddings(body, backend.capabilities, backend.engine.spec.runtime)
             sizes = [len(await backend.engine.tokenize(text)) for text in texts]
             longest = (
                 backend.engine.spec.ubatch_tokens - 2
@@ -315,6 +316,9 @@ def _model_card(backend: Backend) -> dict[str, Any]:
             "release": assignment.release_sha256,
             "variant": assignment.variant_sha256,
             "context_tokens": assignment.serving.context_tokens if assignment.serving else None,
+            "runtime": backend.engine.spec.runtime,
+            "kv_cache": backend.engine.spec.kv_cache,
+            "capabilities": matrix_of(backend.capabilities),
         },
     }
 

@@ -97,12 +97,13 @@ def check_model(body: dict[str, Any], known: tuple[str, ...]) -> None:
         )
 
 
-def parse_generation(body: dict[str, Any], fields: frozenset[str]) -> Parsed:
+def parse_generation(body: dict[str, Any], fields: frozenset[str], runtime: str = "") -> Parsed:
     """Sort a generation request's fields into forwarded, ignored and refused ones.
 
     Args:
         body: the client's JSON.
         fields: what the runtime honours for this route.
+        runtime: its name, for a refusal.
     """
     stream = body.get("stream", False)
     if not isinstance(stream, bool):
@@ -124,7 +125,7 @@ def parse_generation(body: dict[str, Any], fields: frozenset[str]) -> Parsed:
         elif name in MEANINGFUL:
             raise BadRequest(
                 400,
-                f"{name} is not supported by this device's runtime",
+                f"{name} is not supported by this device's runtime{_named(runtime)}",
                 param=name,
                 code="unsupported_parameter",
             )
@@ -136,7 +137,13 @@ def parse_generation(body: dict[str, Any], fields: frozenset[str]) -> Parsed:
     return Parsed(forwarded, stream, tuple(sorted(ignored)))
 
 
-def parse_chat(body: dict[str, Any], capabilities: Capabilities, system_prompt: str) -> Parsed:
+def _named(runtime: str) -> str:
+    return f" ({runtime})" if runtime else ""
+
+
+def parse_chat(
+    body: dict[str, Any], capabilities: Capabilities, system_prompt: str, runtime: str = ""
+) -> Parsed:
     """A chat request, with the release's system prompt where the client sent none."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
@@ -147,14 +154,14 @@ def parse_chat(body: dict[str, Any], capabilities: Capabilities, system_prompt: 
     if problem := wrong_format(body.get("response_format")):
         raise BadRequest(400, problem, param="response_format")
     if "tool_choice" in capabilities.chat_fields:
-        _check_tool_choice(body, capabilities)
-    parsed = parse_generation(body, capabilities.chat_fields)
+        _check_tool_choice(body, capabilities, runtime)
+    parsed = parse_generation(body, capabilities.chat_fields, runtime)
     if system_prompt and not any(m["role"] in ("system", "developer") for m in messages):
         parsed.body["messages"] = [{"role": "system", "content": system_prompt}, *messages]
     return parsed
 
 
-def _check_tool_choice(body: dict[str, Any], capabilities: Capabilities) -> None:
+def _check_tool_choice(body: dict[str, Any], capabilities: Capabilities, runtime: str) -> None:
     choice = body.get("tool_choice")
     if choice in (None, "none", "auto"):
         return
@@ -167,25 +174,35 @@ def _check_tool_choice(body: dict[str, Any], capabilities: Capabilities) -> None
     if not capabilities.forces_tool_choice:
         raise BadRequest(
             400,
-            "this device's runtime cannot force a tool call: use tool_choice auto, or a response_format with a json_schema",
+            f"this device's runtime{_named(runtime)} cannot force a tool call: "
+            "use tool_choice auto, or a response_format with a json_schema",
             param="tool_choice",
             code="unsupported_value",
         )
 
 
-def parse_completion(body: dict[str, Any], capabilities: Capabilities) -> Parsed:
+def parse_completion(body: dict[str, Any], capabilities: Capabilities, runtime: str = "") -> Parsed:
     """A plain completion request."""
     if problem := wrong_prompt(body.get("prompt")):
         raise BadRequest(400, problem, param="prompt")
-    return parse_generation(body, capabilities.completion_fields)
+    return parse_generation(body, capabilities.completion_fields, runtime)
 
 
-def parse_embeddings(body: dict[str, Any]) -> tuple[list[str], str]:
+def parse_embeddings(
+    body: dict[str, Any], capabilities: Capabilities, runtime: str = ""
+) -> tuple[list[str], str]:
     """Texts to embed and the wished encoding.
 
     Raises:
-        BadRequest: no text, token arrays, or an unknown encoding.
+        BadRequest: no text, token arrays, an unknown encoding, or a runtime that gives no embeddings.
     """
+    if not (capabilities.embeddings and capabilities.embeddings_with_chat):
+        raise BadRequest(
+            400,
+            f"embeddings are not supported by this device's runtime{_named(runtime)}",
+            param="input",
+            code="unsupported_endpoint",
+        )
     given = body.get("input")
     texts = [given] if isinstance(given, str) else given
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
@@ -198,7 +215,7 @@ def parse_embeddings(body: dict[str, Any]) -> tuple[list[str], str]:
     if body.get("dimensions") is not None:
         raise BadRequest(
             400,
-            "dimensions is not supported by this device's runtime",
+            f"dimensions is not supported by this device's runtime{_named(runtime)}",
             param="dimensions",
             code="unsupported_parameter",
         )

@@ -40,7 +40,7 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, object], ...], str] = {
     (("Split", _QWEN2), _BYTES_ONLY): "qwen2",
 }
 #: llama.cpp takes a whole word that is a token before it looks at merges, for these names only
-_IGNORES_MERGES = ("llama-bpe",)
+IGNORES_MERGES = ("llama-bpe",)
 _SPECIAL = {
     "bos": "bos_token",
     "eos": "eos_token",
@@ -119,9 +119,9 @@ def _byte_level(model: HfModel, rows: int) -> Vocabulary:
             f"{where}: pre-tokenizer {splitting} is none of {', '.join(sorted(set(PRE_TOKENIZERS.values())))}",
             hint="convert to GGUF with llama.cpp's convert_hf_to_gguf.py and write base: {gguf: FILE}",
         )
-    if bool(inner.get("ignore_merges")) != (pre in _IGNORES_MERGES):
+    if bool(inner.get("ignore_merges")) != (pre in IGNORES_MERGES):
         raise BaseModelError(
-            f"{where}: ignore_merges is {inner.get('ignore_merges')!r}, the engine's {pre} has {pre in _IGNORES_MERGES}",
+            f"{where}: ignore_merges is {inner.get('ignore_merges')!r}, the engine's {pre} has {pre in IGNORES_MERGES}",
             hint="convert to GGUF with llama.cpp's convert_hf_to_gguf.py and write base: {gguf: FILE}",
         )
     tokens = [f"[PAD{i}]" for i in range(rows)]

@@ -30,7 +30,8 @@ ENOUGH_BITS = 6.5
 def derive(context: StepContext) -> dict[str, Any]:
     """Derive it. Files in: ``model`` (only its header is read). Params: ``profile`` (facts), ``ram_bytes``, ``serving``.
 
-    Value: ``artifact_bytes``, ``because`` (the bound that decided), and every bound in bytes.
+    Value: ``artifact_bytes``, ``because`` (the bound that decided), every bound in bytes, and ``without_memory``: what it would
+    be by the others alone.
     """
     params = context.params
     facts = {**params["profile"], "runtimes": tuple(params["profile"]["runtimes"])}
@@ -45,7 +46,13 @@ def derive(context: StepContext) -> dict[str, Any]:
     because = min(allowed, key=lambda name: allowed[name])
     if because in wished and bounds[because] < floor:
         because = "knee"
-    return {"artifact_bytes": max(min(allowed.values()), 1), "because": because, "bounds": bounds}
+    beside = min(value for name, value in allowed.items() if name != "memory")
+    return {
+        "artifact_bytes": max(min(allowed.values()), 1),
+        "because": because,
+        "bounds": bounds,
+        "without_memory": max(beside, 1),
+    }
 
 
 def bounds_of(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from slmops.artifact.gguf_layout import Tensor
 from slmops.build.gguf_file import GgufFile, NewTensor, file_bytes, open_gguf, padded, tensor_bytes
 from slmops.build.graph import StepContext
 from slmops.build.speeds import budget_seconds, rates_of, speed_table
+from slmops.build.step_names import PROJECTION
+from slmops.build.steps.memory import binds, budget_of, ways
 from slmops.build.steps.sensitivity import PROBE_TYPE, fits, is_quantisable
-from slmops.core.device.fit import ModelShape, Serving, memory_needed
+from slmops.core.device.fit import KV_CHOICES, ModelShape
 from slmops.core.errors import BudgetError
 from slmops.core.search.knapsack import Option, smallest, solve, solve_within_time
 from slmops.core.search.sensitivity import (
@@ -28,6 +30,7 @@ USES = (
     "slmops.artifact.gguf_layout",
     "slmops.build.gguf_file",
     "slmops.build.speeds",
+    "slmops.build.steps.memory",
     "slmops.build.steps.sensitivity",
     "slmops.core.device.fit",
     "slmops.core.search.knapsack",
@@ -37,8 +40,14 @@ USES = (
 DROPPED: dict[str, int | None] = {"general.file_type": None}
 #: how far measured damage corrects predictions: most of the way, and for other readings of the tables not at all and fully
 CORRECTION, CORRECTIONS = 0.75, (0.0, 1.0)
-#: cache types that are compared where memory is the bound; contexts are not halved below this
-KV_CHOICES, LEAST_CONTEXT = ("f16", "q8_0", "q4_0"), 256
+#: what predicts losses, in words
+PREDICTED_BY = {
+    "kfac": "gradients and inputs (KFAC)",
+    "fisher": "gradients projected on errors (Fisher information by row)",
+    "errors": "errors weighted by the importance matrix",
+}
+#: contexts that are only shown are not halved below this
+LEAST_CONTEXT = 256
 _SHOWN_TENSORS = 4
 
 
@@ -76,40 +85,51 @@ def possible(context: StepContext) -> dict[str, Any]:
             t.name: sizes_of(t, [*params["types"], "F16"]) for t in model.layout.tensors if is_quantisable(t)
         }
         fixed_bytes = fixed_bytes_of(model)
-        allowed = _allowed_bytes(params, model.layout.shape(), model.layout.tensors_start)
+        found = ways(params, model.layout.shape(), model.layout.tensors_start, None)
     least_of = {name: min(row.values()) for name, row in sizes.items()}
     least_bytes = fixed_bytes + sum(least_of.values())
+    allowed = max(found, key=lambda way: way.budget_bytes).allowed
     if least_bytes > min(allowed.values()):
         raise _too_small(params, allowed, least_bytes, fixed_bytes, least_of)
     return {"smallest_bytes": least_bytes}
 
 
 def choose(context: StepContext) -> dict[str, Any]:
-    """Choose a type for every tensor: least expected divergence within the byte and memory budgets.
+    """Choose a type for every tensor, and how the model is served: least expected divergence within bytes and memory.
 
     Files in: ``model`` (the F16 reference). Values in: ``errors``; ``damage-1``... unless nothing was probed (then relative
-    errors count alike everywhere); ``predictions-1``... where there are gradients. A speed table comes as value or file
-    ``speed-table``. Params: ``types``, ``artifact_bytes``, ``ram_bytes``, ``serving``, and with a speed table ``decode_tps``.
-    Value: ``types`` of all quantised tensors, ``size_bytes``, ``expected_kld``, and what bounded the choice.
+    errors count alike everywhere); ``predictions-1``... and ``projections`` where there are gradients. A speed table comes as
+    value or file ``speed-table``; ``kv-caches`` (:func:`slmops.build.steps.memory.prices`) where the cache type may be
+    chosen. Params: ``types``, ``artifact_bytes``, ``ram_bytes``, ``serving``, maybe ``sensitivity`` (which prediction to take),
+    ``kv_caches`` and ``least_context_tokens``, and with a speed table ``decode_tps``. Value: ``types`` of all quantised tensors,
+    ``size_bytes``, ``expected_kld``, ``serving``, and what bounded the choice.
 
     Raises:
         BudgetError: no choice fits: names the bound, the smallest possible file and the tensors that make it.
     """
-    params = dict(context.params)
-    if "budget" in context.values:  # the recipe gave none: it follows from the profile
-        params["artifact_bytes"] = context.values["budget"]["artifact_bytes"]
+    # a target without a budget of its own: it follows from the profile
+    params = budget_of(context.params, context.values.get("budget"))
     with open_gguf(context.files["model"]) as model:
         timed = speed_table(context.files, context.values)
         space = space_of(model, context.values, params, speeds=timed)
     least_bytes = space.fixed_bytes + smallest(space.table)
-    allowed = _allowed_bytes(params, space.shape, space.header_bytes)
-    budget_bytes = min(allowed.values())
     budget_s = budget_seconds(timed, params)
-    found = solve_within_time(space.table, budget_bytes - space.fixed_bytes, budget_s)
-    if found is None:
+    tried = [
+        (way, solve_within_time(space.table, way.budget_bytes - space.fixed_bytes, budget_s))
+        for way in ways(params, space.shape, space.header_bytes, context.values.get("kv-caches"))
+    ]
+    # the first of equals: as asked
+    best = min(
+        ((way, found) for way, found in tried if found is not None),
+        key=lambda pair: pair[0].worth(pair[1][0].loss),
+        default=None,
+    )
+    if best is None:
+        allowed = max((way for way, _ in tried), key=lambda way: way.budget_bytes).allowed
         least_of = {name: min(space.sizes[name].values()) for name in space.names}
         raise _too_small(params, allowed, least_bytes, space.fixed_bytes, least_of)
-    choice, took_s = found
+    way, (choice, took_s) = best
+    allowed, budget_bytes = way.allowed, way.budget_bytes
     bound = min(allowed, key=lambda name: allowed[name])
     if budget_s < math.inf:
         free = solve(space.table, budget_bytes - space.fixed_bytes)
@@ -135,36 +155,39 @@ def choose(context: StepContext) -> dict[str, Any]:
             else None,
             "met": took_s <= budget_s,
         },
-        "memory": _memory(params, space, allowed),
+        "serving": way.serving,
+        "kv_cache_kld": way.price,
+        "memory": _memory(params, space, tried[0][0].allowed, context.values.get("kv-caches")),
     }
 
 
-def _memory(params: Mapping[str, Any], space: Space, allowed: Mapping[str, int]) -> list[dict[str, Any]]:
+def _memory(
+    params: Mapping[str, Any], space: Space, allowed: Mapping[str, int], measured: Mapping[str, Any] | None
+) -> list[dict[str, Any]]:
     """What other cache types and contexts would leave for weights, and what the divergence would be expected to be then.
 
-    Only where memory is the bound; a cache type has a loss of its own, which is not in these figures.
+    Only where memory is the bound of what was asked for. ``kv_cache_kld``: of the cache type, which comes on top; None where it
+    was not measured.
     """
-    if allowed["ram_bytes"] > allowed["artifact_bytes"]:
+    if not binds(allowed):
         return []
-    now = Serving(**params["serving"])
+    asked = params["serving"]
+    shorter = {"least_context_tokens": max(asked["context_tokens"] // 2, LEAST_CONTEXT)}
+    known = measured["kld"] if measured is not None else {}
     rows = []
-    for kind in KV_CHOICES:
-        for context_tokens in (now.context_tokens, now.context_tokens // 2):
-            if (kind, context_tokens) == (now.kv_cache, now.context_tokens) or context_tokens < LEAST_CONTEXT:
-                continue
-            serving = {**params["serving"], "kv_cache": kind, "context_tokens": context_tokens}
-            room = min(
-                _allowed_bytes({**params, "serving": serving}, space.shape, space.header_bytes).values()
-            )
-            found = solve(space.table, room - space.fixed_bytes)
-            rows.append(
-                {
-                    "kv_cache": kind,
-                    "context_tokens": context_tokens,
-                    "allowed_bytes": room,
-                    "expected_kld": None if found is None else found.loss,
-                }
-            )
+    for way in ways(
+        {"kv_caches": KV_CHOICES, **shorter, **params}, space.shape, space.header_bytes, measured
+    )[1:]:
+        found = solve(space.table, way.budget_bytes - space.fixed_bytes)
+        rows.append(
+            {
+                "kv_cache": way.serving["kv_cache"],
+                "context_tokens": way.serving["context_tokens"],
+                "allowed_bytes": way.budget_bytes,
+                "expected_kld": None if found is None else found.loss,
+                "kv_cache_kld": known.get(way.serving["kv_cache"]),
+            }
+        )
     return rows
 
 
@@ -181,12 +204,12 @@ def space_of(
     Args:
         model: the F16 reference.
         values: the tables, as :func:`choose` takes them.
-        params: ``types``.
+        params: ``types``, maybe ``sensitivity`` (which prediction to take).
         correction: how far measured damage corrects predictions, 0..1.
         speeds: a speed table; types that it does not know count as its slowest, F16 by its bytes against Q8_0.
     """
     measured = values["errors"]
-    sensitivity = sensitivity_of(values, correction)
+    sensitivity = sensitivity_of(values, correction, params.get("sensitivity", "auto"))
     prices = swallow_prices({name: row["change"] for name, row in measured.items()}, sensitivity.undone)
     tensors = [tensor for tensor in model.layout.tensors if is_quantisable(tensor)]
     rates = rates_of(speeds, [*params["types"], "F16"]) if speeds is not None else {}
@@ -238,12 +261,15 @@ class Sensitivity:
     report: dict[str, Any]
 
 
-def sensitivity_of(values: Mapping[str, Any], correction: float = CORRECTION) -> Sensitivity:
+def sensitivity_of(
+    values: Mapping[str, Any], correction: float = CORRECTION, prefer: str = "auto"
+) -> Sensitivity:
     """Put the tables together: predictions from gradients where there are some, else measured damage times errors.
 
     Args:
         values: the tables.
         correction: how far measured damage corrects predictions, 0..1.
+        prefer: ``kfac`` or ``fisher`` takes that prediction; else the one that ranks measured damage better.
     """
     measured = values["errors"]
     errors: dict[str, dict[str, float]] = {name: row["error"] for name, row in measured.items()}
@@ -252,38 +278,68 @@ def sensitivity_of(values: Mapping[str, Any], correction: float = CORRECTION) ->
         Group(tuple(group["tensors"]), float(group["damage"])) for part in parts for group in part["groups"]
     ]
     undone = next((float(part["undone"]) for part in parts if part["undone"] is not None), 1.0)
-    tables = [values[name] for name in sorted(values) if name.startswith("predictions")]
-    reason = next((table["reason"] for table in tables if not table["available"]), "")
-    if tables and not reason:
-        predicted = {name: row for table in tables for name, row in table["kld"].items()}
-        probe = {name: value for table in tables for name, value in table["probe"].items()}
-        factor = corrections(groups, probe, correction) if groups else dict.fromkeys(predicted, 1.0)
+    predictions, reason = _predictions(values)
+    ranked = {"errors": {name: row[PROBE_TYPE] for name, row in errors.items()}}
+    ranked |= {method: one.probe for method, one in predictions.items()}
+    correlations = {
+        method: rank_correlation(
+            [group.damage for group in groups],
+            [sum(probe[name] for name in group.tensors) for group in groups],
+        )
+        for method, probe in ranked.items()
+    }
+    if predictions:
+        # without enough groups to tell, the one that has served longest
+        method = (
+            prefer if prefer in predictions else max(predictions, key=lambda name: correlations[name] or -1.0)
+        )
+        factor = corrections(groups, ranked[method], correction) if groups else {}
         losses = {
-            name: {kind: factor[name] * value for kind, value in row.items()}
-            for name, row in predicted.items()
+            name: {kind: factor.get(name, 1.0) * value for kind, value in row.items()}
+            for name, row in predictions[method].kld.items()
         }
-        ranked, method = probe, "kfac"
+        predicted_by = PREDICTED_BY[method]
     else:
         scale = scales(groups, errors, PROBE_TYPE) if groups else dict.fromkeys(errors, 1.0)
         losses = {
             name: {kind: scale[name] * value for kind, value in row.items()} for name, row in errors.items()
         }
-        ranked = {name: row[PROBE_TYPE] for name, row in errors.items()}
         method = "measured damage" if groups else "errors"
+        predicted_by = PREDICTED_BY["errors"]
         reason = reason or "torch is not installed, or gradients were not asked for"
-    correlation = rank_correlation(
-        [group.damage for group in groups], [sum(ranked[name] for name in group.tensors) for group in groups]
-    )
     report = {
         "method": method,
         "reason": reason,
-        "predicted_by": "gradients and inputs (KFAC)"
-        if method == "kfac"
-        else "errors weighted by the importance matrix",
-        "rank_correlation": correlation,
+        "predicted_by": predicted_by,
+        "rank_correlation": correlations[method if method in correlations else "errors"],
+        "rank_correlations": correlations,
         "measured_groups": len(groups),
     }
     return Sensitivity(losses, groups, undone, report)
+
+
+@dataclass(frozen=True)
+class _Prediction:
+    """By tensor: ``kld`` in each type, and ``probe``, in the type that damage is measured with."""
+
+    kld: dict[str, dict[str, float]]
+    probe: dict[str, float]
+
+
+def _predictions(values: Mapping[str, Any]) -> tuple[dict[str, _Prediction], str]:
+    """Predictions from gradients by method, and why there are none."""
+    found: dict[str, _Prediction] = {}
+    reason = ""
+    for method, prefix in (("kfac", "predictions"), ("fisher", PROJECTION)):
+        tables = [values[name] for name in sorted(values) if name.startswith(prefix)]
+        missing = next((table["reason"] for table in tables if not table["available"]), "")
+        reason = reason or missing
+        if tables and not missing:
+            found[method] = _Prediction(
+                {name: row for table in tables for name, row in table["kld"].items()},
+                {name: value for table in tables for name, value in table["probe"].items()},
+            )
+    return found, reason
 
 
 def sizes_of(tensor: Tensor, types: Sequence[str]) -> dict[str, int]:
@@ -300,15 +356,6 @@ def fixed_bytes_of(model: GgufFile) -> int:
 def kept(model: GgufFile, tensor: Tensor) -> NewTensor:
     """A tensor as it is."""
     return NewTensor(tensor.name, tensor.type_name, tensor.shape, lambda: bytes(model.blob(tensor)))
-
-
-def _allowed_bytes(params: Mapping[str, Any], shape: ModelShape, header_bytes: int) -> dict[str, int]:
-    """The largest file by each bound. What the engine maps is the tensors, so memory allows the header on top."""
-    without_weights = memory_needed(replace(shape, weights_bytes=0), Serving(**params["serving"])).total_bytes
-    return {
-        "artifact_bytes": int(params["artifact_bytes"]),
-        "ram_bytes": int(params["ram_bytes"]) - without_weights + header_bytes,
-    }
 
 
 def _too_small(

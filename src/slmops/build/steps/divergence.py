@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +64,30 @@ class Tail:
     mass: NDArray[np.float32]
 
 
+class KeptText:
+    """A text's distributions under one model, kept compactly in memory, for measurements within a step.
+
+    Args:
+        rows: for each sequence its log-probabilities, (n, vocabulary); may be an iterator, each is let go.
+    """
+
+    def __init__(self, rows: Iterable[NDArray[np.float32]]) -> None:
+        self._kept: list[tuple[NDArray[np.uint32], NDArray[np.float16], Tail]] = []
+        count = 0
+        for own in rows:
+            ids, logprobs = compact(own, TOP)
+            self._kept.append((ids, logprobs, sample_tail(own, ids, first_row=count)))
+            count += len(own)
+
+    def mean_divergence(self, rows: Iterable[NDArray[np.float32]]) -> float:
+        """KL divergence of another model from it, nats a token; with fewer sequences, on the first of the text."""
+        measured = [
+            divergence(ids, logprobs, own, tail)
+            for (ids, logprobs, tail), own in zip(self._kept, rows, strict=False)
+        ]
+        return float(np.concatenate(measured).mean())
+
+
 def reference(context: StepContext) -> dict[str, Any]:
     """Keep the reference's distributions.
 
@@ -100,7 +124,8 @@ def reference(context: StepContext) -> dict[str, Any]:
 def compare(context: StepContext) -> dict[str, Any]:
     """Compare a shipped file with the reference. Files in: ``model``, ``text``, ``ids``, ``logprobs``, ``mass``.
 
-    Params: maybe ``runtime``. Value: ``kld_mean``, ``kld_p99``, ``kld_max`` (nats a token), ``same_top_ratio``,
+    Params: maybe ``runtime``. Values in: maybe ``choice``, whose KV cache the file is then measured with. Value:
+    ``kld_mean``, ``kld_p99``, ``kld_max`` (nats a token), ``same_top_ratio``,
     ``top_flips_ratio``, ``perplexity``, ``scored_tokens``; ``estimates``: most of them with bounds; ``model_sha256``: of the file
     that was measured.
     """
@@ -289,8 +314,9 @@ def _scored(context: StepContext) -> Iterator[tuple[float, str, NDArray[np.int64
     sequences = json.loads(context.files["text"].read_text(encoding="utf-8"))
     longest = max(len(sequence["token_ids"]) for sequence in sequences)
     runtime = context.params.get("runtime", DEFAULT_RUNTIME)
+    kv_cache = context.values.get("choice", {}).get("serving", {}).get("kv_cache", "f16")
     with open_logits(
-        runtime, Path(context.files["model"]), context_tokens=math.ceil(longest / 64) * 64
+        runtime, Path(context.files["model"]), context_tokens=math.ceil(longest / 64) * 64, kv_cache=kv_cache
     ) as model:
         for index, sequence in enumerate(sequences):
             token_ids, start = sequence["token_ids"], sequence["start"]

@@ -52,6 +52,7 @@ from slmops.build.faults import faulty_copy
 from slmops.build.files import sha256_of_file
 from slmops.build.golden_choice import choose, pulls, vocabulary_parts
 from slmops.build.graph import StepContext
+from slmops.build.steps.memory import serving_of_step
 from slmops.core.device.fit import Serving
 from slmops.core.errors import BuildError, DeviceError, UsageError
 from slmops.runtimes import Engine, EngineSpec, open_engine
@@ -64,6 +65,7 @@ USES = (
     "slmops.build.fault_catalogue",
     "slmops.build.gguf_file",
     "slmops.build.golden_choice",
+    "slmops.build.steps.memory",
     "slmops.runtimes.llama_cpp.native",
     "slmops.runtimes.llama_cpp.quantise",
     "slmops.runtimes.llama_cpp.scorer",
@@ -201,10 +203,12 @@ def _logprobs(spec: EngineSpec, rendered: Mapping[str, tuple[list[int], int]]) -
 def score(context: StepContext) -> dict[str, Any]:
     """Score a pack with a model as a device does. Files in: ``model``, ``pack``. Params: ``serving``.
 
+    Values in: maybe ``choice`` (how the variant is served).
+
     Value: per prompt id ``tokens_sha256`` and ``mean_logprob``; and the model's digest.
     """
     pack = decode(context.files["pack"].read_bytes(), GoldenPack)
-    serving = Serving(**context.params["serving"])
+    serving = serving_of_step(context)
     scores = asyncio.run(_score(context.files["model"], pack, serving))
     return {"scores": scores, "model_sha256": sha256_of_file(context.files["model"])}
 

@@ -3,12 +3,15 @@
     KL  ~  1/2 sum over rows i of E[g_i^2] e_i H e_i'       e = stored - w, as the quantiser that writes files would store it
 
 (:mod:`slmops.train.fisher`). Rows share nothing but H, so some of them tell the rest: the half of the sample goes to the rows
-whose outputs are felt most, the other half is spread evenly over the others.
+whose outputs are felt most, the other half is spread evenly over the others. The errors of these rows can be kept: gradients
+are then projected on them (:mod:`slmops.train.projected`), which gives a second prediction.
 """
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +26,8 @@ from slmops.build.steps.tensors import damping_of
 from slmops.runtimes.llama_cpp.quantise import dequantise_rows, quantise_rows
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
 USES = (
@@ -36,20 +41,62 @@ USES = (
 )
 EMBEDDING = "token_embd.weight"
 EMBEDDING_INPUT, TOKEN_SHARE = "embedding input", "token share"
+#: kind of error beside the types: plain rounding to the probe type, which is what damage is measured with
+PROBE = "probe"
 #: rows of the embedding differ more than those of a layer
 _MORE_OF_EMBEDDING = 8
+
+
+@dataclass(frozen=True)
+class _Told:
+    """One tensor: ``rows`` that stand for all, each for ``weights`` of them; by kind of error its cost, and the errors."""
+
+    rows: NDArray[np.int64]
+    weights: NDArray[np.float64]
+    costs: dict[str, float]
+    errors: dict[str, NDArray[np.float32]]
+
+
+class _ErrorFile:
+    """``errors.npz``, written tensor by tensor: together the errors take more memory than the model."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED)
+
+    def add(self, tensor: str, told: _Told) -> None:
+        """Add a tensor; errors are scaled so that float16 keeps the smallest."""
+        kinds = list(told.errors)
+        errors = np.stack([told.errors[kind] for kind in kinds])
+        unit = float(np.abs(errors).max()) or 1.0
+        for name, values in (
+            ("kinds", np.array(kinds)),
+            ("rows", told.rows),
+            ("weights", told.weights),
+            ("unit", np.array(unit)),
+            ("errors", (errors / unit).astype(np.float16)),
+        ):
+            with self._file.open(zipfile.ZipInfo(f"{tensor}/{name}.npy"), "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, values, allow_pickle=False)
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._file.close()
 
 
 def predict(context: StepContext) -> dict[str, Any]:
     """Predict the divergence of every tensor in every type.
 
     Files in: ``model``, ``imatrix``, ``hessians``, ``gradients``. Values in: ``inputs`` (of the step that collected the
-    Hessians), ``gradients-facts``. Params: ``types``, ``sample_rows``, ``part`` of ``parts``. Value: ``available``,
-    ``reason``, ``kld`` (tensor to type to nats a token) and ``probe``: what plain rounding to the probe type costs, which is
-    what the damage steps measure.
+    Hessians), ``gradients-facts``. Params: ``types``, ``sample_rows``, ``part`` of ``parts``, maybe ``keep_errors``. Value:
+    ``available``, ``reason``, ``kld`` (tensor to type to nats a token) and ``probe``: what plain rounding to the probe type
+    costs, which is what the damage steps measure. File out with ``keep_errors``: ``errors.npz``, for each tensor ``kinds``
+    (types, and ``PROBE``), ``rows``, ``weights`` and ``errors`` (kinds, rows, columns) in float16, in units of ``unit``.
     """
     facts = context.values["gradients-facts"]
+    sink = _ErrorFile(context.out / "errors.npz") if context.params.get("keep_errors") else None
     if not facts["available"]:
+        if sink is not None:
+            sink.close()
         return {"available": False, "reason": facts["reason"], "kld": {}, "probe": {}}
     importance = read_imatrix(context.files["imatrix"])
     hessians = Hessians(context.files["hessians"], context.values["inputs"]["inputs"])
@@ -77,10 +124,16 @@ def predict(context: StepContext) -> dict[str, Any]:
                     matrix,
                     None if matrix is None else curvature(matrix, damping_of(tensor.name), tokens),
                 )
-            table[tensor.name], probe[tensor.name] = _tensor(
+            told = _tensor(
                 model, tensor, types, count, gradients, last[1], last[2], importance.get(tensor.name)
             )
+            probe[tensor.name] = told.costs.pop(PROBE)
+            table[tensor.name] = told.costs
+            if sink is not None:
+                sink.add(tensor.name, told)
             context.progress((index + 1) / len(mine), tensor.name)
+    if sink is not None:
+        sink.close()
     return {"available": True, "reason": "", "kld": table, "probe": probe}
 
 
@@ -93,8 +146,8 @@ def _tensor(  # noqa: PLR0913 - one tensor with all that belongs to it
     hessian: NDArray[np.float32] | None,
     inputs: Curvature | None,
     importance: NDArray[np.float32] | None,
-) -> tuple[dict[str, float], float]:
-    """One tensor's row of the table, and what plain rounding to the probe type costs."""
+) -> _Told:
+    """What each type does to one tensor; plain rounding to the probe type is there as ``PROBE``."""
     rows = model.rows(tensor)
     felt = np.asarray(gradients[tensor.name], np.float64) if tensor.name in gradients else np.zeros(len(rows))
     looked_up = np.zeros(len(rows))
@@ -107,15 +160,17 @@ def _tensor(  # noqa: PLR0913 - one tensor with all that belongs to it
     chosen, weight = sampled_rows(felt * size + looked_up * by_input.mean(), count)
     sample = np.ascontiguousarray(rows[chosen])
 
-    def cost(blob: bytes, type_name: str) -> float:
+    told = _Told(chosen, weight, {}, {})
+
+    def note(kind: str, blob: bytes, type_name: str) -> None:
         error = dequantise_rows(type_name, blob, sample.shape[1]) - sample
         total = np.zeros(len(sample))
         if hessian is not None:
             total += felt[chosen] * loss(error, hessian)
         total += looked_up[chosen] * (np.square(error, dtype=np.float64) @ by_input)
-        return 0.5 * float((total * weight).sum())
+        told.costs[kind] = 0.5 * float((total * weight).sum())
+        told.errors[kind] = error
 
-    row = {}
     for name in types:
         if fits(name, tensor):
             fed = inputs is not None and can_feed_back(name)
@@ -124,8 +179,9 @@ def _tensor(  # noqa: PLR0913 - one tensor with all that belongs to it
                 if fed and inputs is not None
                 else quantise_rows(name, sample, importance)
             )
-            row[name] = cost(blob, name)
-    return row, cost(quantise_rows(PROBE_TYPE, sample, importance), PROBE_TYPE)
+            note(name, blob, name)
+    note(PROBE, quantise_rows(PROBE_TYPE, sample, importance), PROBE_TYPE)
+    return told
 
 
 def sampled_rows(score: NDArray[np.float64], count: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

@@ -1,10 +1,14 @@
-"""Writing a variant's file tensor by tensor, in the types that were chosen."""
+"""Writing a variant's file tensor by tensor, in the types that were chosen.
+
+Making tensors is most of the work of another budget, so two processes share it: :func:`make_tensors` leaves them in the memo,
+:func:`write_variant` puts them together (and makes those that are not there).
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -32,6 +36,49 @@ USES = (
     "slmops.runtimes.llama_cpp.blocks",
     "slmops.runtimes.llama_cpp.quantise",
 )
+
+
+def make_tensors(context: StepContext) -> dict[str, Any]:
+    """Make a part of a variant's tensors ahead; without a memo, nothing. Files and values in: as :func:`write_variant`.
+
+    Params: ``part`` of ``parts``. Value: ``tensors``: how many were made or found.
+    """
+    if context.memo is None:
+        return {"tensors": 0}
+    types: Mapping[str, str] = context.values["choice"]["types"]
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(open_gguf(context.files["model"]))
+        earlier = (
+            stack.enter_context(open_gguf(context.files["scales"])) if "scales" in context.files else None
+        )
+        quantiser = quantiser_of(context, model, earlier)
+        tensors = [tensor for tensor in model.layout.tensors if tensor.name in types]
+        mine = shares(tensors, quantiser.shared_input, context.params["parts"])[context.params["part"]]
+        for index, tensor in enumerate(mine):
+            quantiser.make(tensor, types[tensor.name])
+            context.progress((index + 1) / len(mine), tensor.name)
+    return {"tensors": len(mine)}
+
+
+def shares(tensors: Sequence[Tensor], shared_input: Callable[[str], str], parts: int) -> list[list[Tensor]]:
+    """Divide tensors into about equal parts; those with the same input stay together, because its factoring is shared.
+
+    Args:
+        tensors: of one model.
+        shared_input: names what a tensor has in common with others.
+        parts: how many.
+    """
+    groups: dict[str, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(shared_input(tensor.name), []).append(tensor)
+    divided: list[list[Tensor]] = [[] for _ in range(parts)]
+    loads = [0] * parts
+    # the largest first, each to whom has least
+    for name in sorted(groups, key=lambda name: (-sum(t.elements for t in groups[name]), name)):
+        least = loads.index(min(loads))
+        divided[least] += groups[name]
+        loads[least] += sum(tensor.elements for tensor in groups[name])
+    return divided
 
 
 def write_variant(context: StepContext) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -25,7 +25,7 @@ from slmops.build.gguf_file import GgufFile, open_gguf
 from slmops.build.graph import StepContext
 from slmops.build.speeds import budget_seconds, speed_table
 from slmops.build.steps.choose import CORRECTIONS, Space, space_of
-from slmops.build.steps.divergence import compact, divergence, log_softmax
+from slmops.build.steps.divergence import KeptText, log_softmax
 from slmops.build.steps.quantise import quantiser_of
 from slmops.build.steps.sensitivity import patch
 from slmops.build.steps.tensors import TensorQuantiser
@@ -81,7 +81,7 @@ class Trial:
         self._tensors: dict[str, Tensor] = {tensor.name: tensor for tensor in model.layout.tensors}
         self._now: dict[str, str] = {}
         self._sequences = sequences
-        self._exact = [compact(rows) for rows in self._logprobs(model.path, sequences)]
+        self._exact = KeptText(self._logprobs(model.path, sequences))
         self.measured = 0
 
     def divergence(self, types: Mapping[str, str], ratio: float = 1.0) -> float:
@@ -102,16 +102,15 @@ class Trial:
                 self._now[name] = kind
         self.measured += 1
         count = max(1, math.ceil(len(self._sequences) * ratio))
-        rows = self._logprobs(self._path, self._sequences[:count])
-        pairs = zip(self._exact[:count], rows, strict=True)
-        return float(np.concatenate([divergence(ids, kept, own) for (ids, kept), own in pairs]).mean())
+        return self._exact.mean_divergence(self._logprobs(self._path, self._sequences[:count]))
 
     @staticmethod
-    def _logprobs(path: Path, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+    def _logprobs(path: Path, sequences: Sequence[Sequence[int]]) -> Iterator[NDArray[np.float32]]:
         longest = max(map(len, sequences))
         context = math.ceil(longest / 64) * 64
         with LogitModel(path, context_tokens=context, threads=1, batch_tokens=256) as model:
-            return [log_softmax(model.logits(token_ids)[:-1]) for token_ids in sequences]
+            for token_ids in sequences:
+                yield log_softmax(model.logits(token_ids)[:-1])
 
     def close(self) -> None:
         """Remove the scratch file."""

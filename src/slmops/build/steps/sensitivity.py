@@ -15,7 +15,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from slmops.artifact.gguf_layout import GGML_TYPES, TYPE_IDS, Tensor
 from slmops.build.gguf_file import GgufFile, open_gguf
 from slmops.build.graph import StepContext
 from slmops.build.steps.calibrate import read_imatrix
-from slmops.build.steps.divergence import compact, divergence, log_softmax
+from slmops.build.steps.divergence import KeptText, log_softmax
 from slmops.core.errors import BuildError
 from slmops.runtimes.llama_cpp.logits import LogitModel
 from slmops.runtimes.llama_cpp.quantise import dequantise_rows, quantise_rows
@@ -95,14 +95,14 @@ def damage(context: StepContext) -> dict[str, Any]:
     with open_gguf(context.files["model"]) as model, scratch.open("r+b", buffering=0) as sink:
         tensors = {tensor.name: tensor for tensor in model.layout.tensors if is_quantisable(tensor)}
         mine = groups_of(list(tensors))[context.params["part"] :: context.params["parts"]]
-        exact = [compact(rows) for rows in _logprobs(context.files["model"], sequences)]
+        exact = KeptText(_logprobs(context.files["model"], sequences))
         done, total = 0, len(mine) + SPLITS
 
         def measure(group: Sequence[str]) -> float:
             nonlocal done
             for name in group:
                 patch(sink, tensors[name], _probed(model, tensors[name], importance.get(name)))
-            value = _mean_divergence(exact, _logprobs(scratch, sequences))
+            value = exact.mean_divergence(_logprobs(scratch, sequences))
             for name in group:
                 patch(sink, tensors[name], model.blob(tensors[name]))
             done += 1
@@ -111,7 +111,7 @@ def damage(context: StepContext) -> dict[str, Any]:
 
         measured = split_worst([(group, measure(group)) for group in mine], measure, SPLITS)
         undone = (
-            _mean_divergence(exact, _logprobs(context.files["base"], sequences))
+            exact.mean_divergence(_logprobs(context.files["base"], sequences))
             if context.params["part"] == 0
             else None
         )
@@ -213,13 +213,6 @@ def groups_of(names: Sequence[str]) -> list[tuple[str, ...]]:
     return [tuple(groups[key]) for key in sorted(groups)]
 
 
-def _mean_divergence(
-    exact: Sequence[tuple[NDArray[np.uint32], NDArray[np.float16]]], rows: Sequence[NDArray[np.float32]]
-) -> float:
-    measured = [divergence(ids, kept, logprobs) for (ids, kept), logprobs in zip(exact, rows, strict=True)]
-    return float(np.concatenate(measured).mean())
-
-
 def _title(group: Sequence[str]) -> str:
     return group[0] if len(group) == 1 else f"{group[0]} and {len(group) - 1} more"
 
@@ -249,8 +242,9 @@ def _probe_text(path: Path, tokens: int) -> list[list[int]]:
     return sequences
 
 
-def _logprobs(path: Path, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+def _logprobs(path: Path, sequences: Sequence[Sequence[int]]) -> Iterator[NDArray[np.float32]]:
     longest = max(map(len, sequences))
     context = math.ceil(longest / 64) * 64
     with LogitModel(path, context_tokens=context, threads=1, batch_tokens=BATCH_TOKENS) as model:
-        return [log_softmax(model.logits(token_ids)[:-1]) for token_ids in sequences]
+        for token_ids in sequences:
+            yield log_softmax(model.logits(token_ids)[:-1])

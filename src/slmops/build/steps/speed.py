@@ -8,15 +8,16 @@ from typing import Any
 from slmops.build.files import sha256_of_file
 from slmops.build.gguf_file import open_gguf
 from slmops.build.graph import StepContext
-from slmops.core.device.fit import Serving, memory_needed
+from slmops.build.steps.memory import serving_of_step
+from slmops.core.device.fit import memory_needed
 from slmops.runtimes import EngineSpec, load
 from slmops.runtimes.bench import bench_model
 
-USES = ("slmops.runtimes.bench",)
+USES = ("slmops.build.steps.memory", "slmops.runtimes.bench")
 
 
 def measure(context: StepContext) -> dict[str, Any]:
-    """Measure load time, prefill, decode and memory. Files in: ``model``.
+    """Measure load time, prefill, decode and memory. Files in: ``model``. Values in: maybe ``choice`` (how it is served).
 
     Params: ``serving``, ``prompt_tokens``, ``decode_tokens``, ``repeats``.
 
@@ -24,7 +25,7 @@ def measure(context: StepContext) -> dict[str, Any]:
     the core, do not believe the figures). ``predicted_rss_bytes`` is what the fit predicts for the same settings.
     """
     params = context.params
-    serving = Serving(**params["serving"])
+    serving = serving_of_step(context)
     spec = EngineSpec(
         runtime="llama.cpp",
         model_path=context.files["model"],

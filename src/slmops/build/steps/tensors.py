@@ -104,6 +104,10 @@ class TensorQuantiser:
             scales="free" if frozen is None else _digest(frozen),
         )
 
+    def shared_input(self, tensor: str) -> str:
+        """What tensors with the same input have in common; a tensor whose input is not known stands alone."""
+        return (self.hessians.name(tensor) if self.hessians is not None else None) or tensor
+
     def _cheaper(
         self, type_name: str, rows: NDArray[np.float32], tensor: Tensor, free: bytes, frozen: bytes
     ) -> bytes:

@@ -1,7 +1,8 @@
 """Will this variant run on this device? Memory, disk and speed, before the first byte is moved.
 
 The server uses the same function to choose a variant that the device uses to refuse one, so the two can only
-differ where their facts differ. Memory follows llama.cpp's own allocation:
+differ where their facts differ. Memory follows llama.cpp's own allocation, with numbers of its own for each runtime
+(:data:`RUNTIME_MEMORY`, fitted by ``bench/memory.py``):
 
     weights + KV cache + compute buffers + what the runtime needs before it has a model
 
@@ -34,8 +35,43 @@ KV_TYPES: dict[str, tuple[int, int]] = {
     "iq4_nl": (18, 32),
 }
 
+#: Types worth trying where memory is short, best first: others lie between them.
+KV_CHOICES = ("f16", "q8_0", "q4_0")
+
 #: The engine child with its binding loaded and no model: measured (bench/agent.py prints it), rounded up.
 RUNTIME_BASE_BYTES = 80 * (1 << 20)
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeMemory:
+    """What a runtime makes of the same model; fitted on the highest resident memory of its engine child.
+
+    Attributes:
+        base_bytes: the child with its binding loaded and no model.
+        weights_ratio: resident bytes for a byte of weights: 1 where the file is mapped, more where it is packed anew.
+        kv_type: element type of its KV cache; None where the serving settings choose.
+        kv_padding_tokens: a context is padded to a multiple.
+        logits_buffers: copies of a micro-batch's logits that are alive together.
+        max_parallel: conversations at once at most; None for as many as asked.
+    """
+
+    base_bytes: int
+    weights_ratio: float = 1.0
+    kv_type: str | None = None
+    kv_padding_tokens: int = 1
+    logits_buffers: int = 2
+    max_parallel: int | None = None
+
+
+_LLAMA_CPP = RuntimeMemory(RUNTIME_BASE_BYTES, kv_padding_tokens=256, logits_buffers=1)
+#: By runtime; a name that is not here is a server on llama.cpp's engine and takes its numbers. Measured on SmolLM2-135M with
+#: onnxruntime-genai 0.18.0 (fp32, int8, int4) and ExecuTorch 1.5.1 (fp32, XNNPACK), x86-64; ExecuTorch's base is mostly torch.
+RUNTIME_MEMORY: dict[str, RuntimeMemory] = {
+    "llama.cpp": _LLAMA_CPP,
+    "onnxruntime-genai": RuntimeMemory(140 * (1 << 20), 1.22, "f32"),
+    "executorch": RuntimeMemory(225 * (1 << 20), 1.27, "f32", max_parallel=1),
+}
+
 #: Share of a profile's memory bandwidth that decode reaches in practice on CPUs; a bench replaces it.
 BANDWIDTH_EFFICIENCY = 0.6
 #: Activation tensors of one layer that are alive together, in units of the wider of hidden and FFN width.
@@ -134,34 +170,43 @@ class Fit:
         return not self.reasons
 
 
-def kv_cache_bytes(shape: ModelShape, serving: Serving) -> int:
-    """Bytes of the KV cache of all conversations; the engine pads each context to 256 tokens."""
-    block_bytes, block_elements = KV_TYPES[serving.kv_cache]
-    tokens = -(-serving.context_tokens // 256) * 256 * serving.parallel
+def kv_cache_bytes(shape: ModelShape, serving: Serving, runtime: str = "llama.cpp") -> int:
+    """Bytes of the KV cache of all conversations."""
+    how = RUNTIME_MEMORY.get(runtime, _LLAMA_CPP)
+    block_bytes, block_elements = KV_TYPES[how.kv_type or serving.kv_cache]
+    parallel = min(serving.parallel, how.max_parallel or serving.parallel)
+    tokens = -(-serving.context_tokens // how.kv_padding_tokens) * how.kv_padding_tokens * parallel
     elements = tokens * shape.layers * (shape.k_width + shape.v_width)
     return elements * block_bytes // block_elements
 
 
-def memory_needed(shape: ModelShape, serving: Serving) -> Memory:
+def memory_needed(shape: ModelShape, serving: Serving, runtime: str = "llama.cpp") -> Memory:
     """Memory of one engine that serves this model, in bytes."""
+    how = RUNTIME_MEMORY.get(runtime, _LLAMA_CPP)
     micro_batch = min(serving.micro_batch_tokens, serving.context_tokens)
     widest = max(shape.hidden, shape.ffn)
     buffers = (
-        4 * micro_batch * (shape.vocabulary + LIVE_ACTIVATIONS * widest)
+        4 * micro_batch * (how.logits_buffers * shape.vocabulary + LIVE_ACTIVATIONS * widest)
         + 4 * shape.vocabulary * serving.parallel
     )
-    return Memory(shape.weights_bytes, kv_cache_bytes(shape, serving), buffers, RUNTIME_BASE_BYTES)
+    weights_bytes = round(shape.weights_bytes * how.weights_ratio)
+    return Memory(weights_bytes, kv_cache_bytes(shape, serving, runtime), buffers, how.base_bytes)
 
 
-def predict_decode_tps(shape: ModelShape, serving: Serving, bandwidth_bytes_s: float) -> float:
+def predict_decode_tps(
+    shape: ModelShape, serving: Serving, bandwidth_bytes_s: float, runtime: str = "llama.cpp"
+) -> float:
     """Decode tokens per second of one conversation at half its context.
 
     Args:
         shape: the model.
         serving: its context and cache type.
         bandwidth_bytes_s: effective read rate, bytes per second.
+        runtime: engine that it is served with.
     """
-    read_bytes = shape.weights_bytes + kv_cache_bytes(shape, serving) / serving.parallel / 2
+    how = RUNTIME_MEMORY.get(runtime, _LLAMA_CPP)
+    parallel = min(serving.parallel, how.max_parallel or serving.parallel)
+    read_bytes = shape.weights_bytes + kv_cache_bytes(shape, serving, runtime) / parallel / 2
     return bandwidth_bytes_s / read_bytes
 
 
@@ -195,9 +240,9 @@ def fit(  # noqa: PLR0913 - each argument is one independent fact of the questio
         running_bytes: memory of the engine that serves now; with room for both the swap is blue/green.
         min_decode_tps: slowest acceptable decode, tokens per second.
     """
-    memory = memory_needed(shape, serving)
+    memory = memory_needed(shape, serving, runtime)
     bandwidth = effective_bandwidth(facts.speed, profile)
-    tps = predict_decode_tps(shape, serving, bandwidth)
+    tps = predict_decode_tps(shape, serving, bandwidth, runtime)
     reasons: list[str] = []
     if runtime not in facts.runtimes:
         reasons.append(

@@ -270,12 +270,44 @@ class Budget(Section):
 
 
 class Target(Section):
-    """One variant to build; without a budget, one follows from the profile."""
+    """One variant to build; without a budget, one follows from the profile.
+
+    Attributes:
+        profile: what it is built for; ``also_for``: other profiles that may take it if it fits.
+        runtime: that serves it. For all but ``llama.cpp`` the model is exported by that runtime's own exporter, in a pinned
+            environment that is made on demand, and must pass the parity gate. ``pytorch-mobile`` is exported and
+            proved, not served.
+        precision: of an export: ``fp32``, ``int8``, ``int4`` (onnxruntime-genai), ``8da4w`` (executorch). Left out, the
+            smallest usual one of the runtime. A GGUF has none: its types are searched within the budget.
+        options: further options of the exporter, by name.
+    """
 
     profile: str
-    runtime: Literal["llama.cpp"] = "llama.cpp"
+    runtime: Literal[
+        "llama.cpp", "onnxruntime-genai", "litert-lm", "litert", "executorch", "pytorch-mobile"
+    ] = "llama.cpp"
+    precision: str | None = None
+    options: dict[str, str] = Field(default_factory=dict)
     budget: Budget = Budget()
     also_for: tuple[str, ...] = ()
+
+    @property
+    def is_export(self) -> bool:
+        """Whether another runtime's exporter makes it."""
+        return self.runtime != "llama.cpp"
+
+    @property
+    def key(self) -> str:
+        """Name of the variant among those of a build: as in a release's bundle."""
+        return f"{self.profile}@{self.runtime}" if self.is_export else self.profile
+
+    @model_validator(mode="after")
+    def _precision_of_exports(self) -> Target:
+        if not self.is_export and (self.precision is not None or self.options):
+            raise ValueError(
+                "precision and options are for exports; the types of a GGUF are searched within the budget"
+            )
+        return self
 
 
 class Slices(Section):
@@ -405,9 +437,16 @@ class Search(Section):
         probe_tokens: on which the damage of each group of tensors is measured; 0 measures none and takes
             errors alike everywhere.
         sample_rows: rows of each tensor on which errors are estimated.
-        sensitivity: ``kfac``: losses are predicted from gradients of sampled targets (needs torch) and corrected by
-            measured damage; ``measured``: measured damage times error; ``auto``: the first where torch is installed.
+        sensitivity: ``kfac``: losses are predicted from gradients of sampled targets and inputs, and corrected by
+            measured damage; ``fisher``: from gradients projected on the errors themselves; both need torch.
+            ``measured``: measured damage times error. ``auto``: where torch is installed whichever of the first two
+            ranks measured damage better, else the third.
         gradient_tokens: calibration tokens that gradients are taken on.
+        kv_caches: types of KV cache to choose from where memory is the bound: what a type costs is measured, and weighed
+            against the weights that then fit. Left out: f16, q8_0 and q4_0, unless ``serving.kv_cache`` is given, which
+            then holds.
+        least_context_tokens: where memory is the bound, contexts down to this are tried, too, each half of the one
+            before: half the context must at least halve the divergence. Left out: the context stays.
         speed: ``measure``: how fast each type decodes is measured here, and a target's ``decode_tps`` bounds its choice
             beside its bytes; a path: the table of another machine (JSON); none: bytes alone decide.
         verify_tokens: calibration tokens on which the best choices are measured as they would ship; 0 trusts the tables.
@@ -433,8 +472,10 @@ class Search(Section):
     calibration_tokens: int = Field(default=1536, ge=64)
     probe_tokens: int = Field(default=144, ge=0)
     sample_rows: int = Field(default=64, ge=1)
-    sensitivity: Literal["auto", "kfac", "measured"] = "auto"
+    sensitivity: Literal["auto", "kfac", "fisher", "measured"] = "auto"
     gradient_tokens: int = Field(default=16384, ge=64)
+    kv_caches: tuple[str, ...] | None = None
+    least_context_tokens: int | None = Field(default=None, ge=64)
     speed: str | None = None
     verify_tokens: int = Field(default=0, ge=0)
     neighbours: int = Field(default=8, ge=0, le=256)
@@ -446,6 +487,9 @@ class Search(Section):
         unknown = [name for name in self.types if name not in TYPE_IDS]
         if unknown or not self.types:
             raise ValueError(f"types: {unknown or 'none'} cannot be used: give some of {', '.join(TYPE_IDS)}")
+        strange = [name for name in self.kv_caches or () if name not in KV_TYPES]
+        if strange:
+            raise ValueError(f"kv_caches: {strange[0]!r} is not known: give some of {', '.join(KV_TYPES)}")
         return self
 
 

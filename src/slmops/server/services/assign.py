@@ -132,7 +132,7 @@ def fit_on(
         device_facts(device.facts),
         runtime=candidate.variant.runtime.name,
         missing_bytes=missing,
-        running_bytes=memory_needed(running.model_shape(), settings).total_bytes
+        running_bytes=memory_needed(running.model_shape(), settings, running.runtime.name).total_bytes
         if running is not None
         else 0,
         min_decode_tps=serving.min_decode_tps,

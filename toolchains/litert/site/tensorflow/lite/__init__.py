@@ -1,0 +1,1 @@
+"""Stands in for the part of TensorFlow that litert-torch imports and does not require."""
