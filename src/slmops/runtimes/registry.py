@@ -27,6 +27,8 @@ ENTRY_POINT_GROUP = "slmops.runtimes"
 BUILT_IN: dict[str, str] = {
     "executorch": "slmops.runtimes.executorch.adapter:ExecutorchRuntime",
     "external": "slmops.runtimes.external.adapter:ExternalRuntime",
+    "litert": "slmops.runtimes.litert.adapter:LitertRuntime",
+    "litert-lm": "slmops.runtimes.litert.adapter:LitertLmRuntime",
     "llama.cpp": "slmops.runtimes.llama_cpp.adapter:LlamaCppRuntime",
     "onnxruntime-genai": "slmops.runtimes.onnxruntime_genai.adapter:OnnxRuntimeGenaiRuntime",
 }
@@ -37,6 +39,8 @@ DECLARED_BY_OWNER = frozenset({"external"})
 #: Built-in name to the extra that installs its binding.
 EXTRAS: dict[str, str] = {
     "executorch": "executorch",
+    "litert": "litert",
+    "litert-lm": "litert-lm",
     "llama.cpp": "llama-cpp",
     "onnxruntime-genai": "onnxruntime-genai",
 }
