@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from slmops.artifact.manifest import NamedBlob, Variant, assignment_digest
-from slmops.core.device.fit import Fit, fit, memory_needed
+from slmops.core.device.fit import Fit, engine_for, fit, memory_needed
 from slmops.core.device.profile import BUILTIN_PROFILES, DeviceFacts, DeviceProfile, MeasuredSpeed
 from slmops.core.errors import NotFoundError
 from slmops.protocol.documents.blueprint import Blueprint, Serving
@@ -51,7 +51,7 @@ def device_facts(facts: Facts, runtime: str) -> DeviceFacts:
     """Facts as the fit of a variant of this runtime wants them."""
     bench = facts.bench
     speed = None
-    if bench is not None and bench.speaks_of(runtime):
+    if bench is not None and bench.speaks_of(engine_for(runtime, facts.runtimes) or runtime):
         speed = MeasuredSpeed(bench.weights_bytes, bench.decode_tps, bench.prefill_tps, bench.parameters)
     return DeviceFacts(facts.ram_limit_bytes, facts.disk_free_bytes, facts.runtimes, facts.cores, speed)
 
