@@ -42,7 +42,8 @@ $(EXECUTORCH_STAMP): pyproject.toml constraints/runtimes.txt
 	$(EXECUTORCH)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/runtimes.txt --editable '.[dev,executorch]'
 	touch $(EXECUTORCH_STAMP)
 
-demo: $(STAMP)   ## the main job, end to end (make demo ARGS="--fast --out s.json")
+# a demo on other runtimes needs their environments
+demo: $(STAMP) $(if $(findstring --runtimes,$(ARGS)),$(RUNTIMES_STAMP) $(EXECUTORCH_STAMP))   ## the main job, end to end (make demo ARGS="--fast --out s.json")
 	$(BIN)/slmops demo $(ARGS)
 
 test: $(STAMP)   ## all tests
