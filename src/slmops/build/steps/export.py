@@ -41,6 +41,7 @@ USES = (
     f"{_TOOLS}.litert",
     f"{_TOOLS}.ptl",
     f"{_TOOLS}.stepwise",
+    f"{_TOOLS}.tokenizer_file",
     f"{_TOOLS}.tool_protocol",
 )
 EXPORT_LIMIT_S, SLOW_EXPORT_LIMIT_S = 1800.0, 4 * 3600.0

@@ -47,6 +47,7 @@ USES = (
     f"{_TOOLS}.litert",
     f"{_TOOLS}.ptl",
     f"{_TOOLS}.stepwise",
+    f"{_TOOLS}.tokenizer_file",
     f"{_TOOLS}.tool_protocol",
 )
 PORT, TOOLCHAIN = "port", "toolchain"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizer_file import TokenizerFile
 from tool_protocol import serve
 
 
@@ -43,15 +44,16 @@ def _settle(path: Path, request: dict[str, Any]) -> None:
     path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-class GenaiModel:
+class GenaiModel(TokenizerFile):
     """An exported folder in onnxruntime-genai."""
 
     def __init__(self, folder: str) -> None:
         import onnxruntime_genai as og
 
+        super().__init__(folder)
         self._og = og
         self._model = og.Model(folder)
-        self._tokenizer = og.Tokenizer(self._model)
+        self._own = og.Tokenizer(self._model)
         config = json.loads((Path(folder) / "genai_config.json").read_text(encoding="utf-8"))["model"]
         ends = config["eos_token_id"]
         self._ends = set(ends if isinstance(ends, list) else [ends])
@@ -61,18 +63,18 @@ class GenaiModel:
         from importlib.metadata import version
 
         return {
-            "bos": int(self._tokenizer.bos_token_id),
-            "eos": [int(token) for token in self._tokenizer.eos_token_ids],
+            "bos": int(self._own.bos_token_id),
+            "eos": [int(token) for token in self._own.eos_token_ids],
             "runtime_version": version("onnxruntime-genai"),
         }
 
-    def tokenize(self, text: str) -> list[int]:
+    def own_tokenize(self, text: str) -> list[int]:
         """See :class:`tool_protocol.ExportedModel`."""
-        return [int(token) for token in self._tokenizer.encode(text)] if text else []
+        return [int(token) for token in self._own.encode(text)] if text else []
 
     def render(self, messages: list[dict[str, str]]) -> str:
         """See :class:`tool_protocol.ExportedModel`."""
-        return str(self._tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True))
+        return str(self._own.apply_chat_template(json.dumps(messages), add_generation_prompt=True))
 
     def logits(self, token_ids: Sequence[int], first: int) -> Any:
         """See :class:`tool_protocol.ExportedModel`."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stepwise import greedy, logits_of
+from tokenizer_file import TokenizerFile
 from tool_protocol import serve
 
 _HIDDEN = -1e9
@@ -104,10 +105,11 @@ class LitertProgram:
         return given["logits"][0, -1] if "logits" in given else None
 
 
-class LitertModel:
-    """A ``.tflite``: tokenised and rendered by slmops, so these are not asked here."""
+class LitertModel(TokenizerFile):
+    """A ``.tflite``: tokenised by slmops, and rendered by it too, which is not asked here."""
 
     def __init__(self, request: dict[str, Any]) -> None:
+        super().__init__(request["folder"])
         facts = json.loads((Path(request["folder"]) / "slmops-model.json").read_text(encoding="utf-8"))
         self._ends = set(facts["eos_tokens"])
         self._program = LitertProgram(request["model"])
@@ -115,10 +117,6 @@ class LitertModel:
     def facts(self) -> dict[str, Any]:
         """See :class:`tool_protocol.ExportedModel`."""
         return {"runtime_version": version("ai-edge-litert"), "context_tokens": self._program.context_tokens}
-
-    def tokenize(self, text: str) -> list[int]:
-        """See :class:`tool_protocol.ExportedModel`."""
-        raise NotImplementedError("a .tflite has no tokenizer")
 
     def render(self, messages: list[dict[str, str]]) -> str:
         """See :class:`tool_protocol.ExportedModel`."""

@@ -1,10 +1,10 @@
 """ExecuTorch: export by its own ``export_llm``; an exported program answered for by its own binding.
 
-Quantised lowering of SmolLM2-135M takes 8 minutes of CPU where fp32 takes 3, and so looks stuck on a shared core. Sampled every
-five seconds: nearly all of it is Python. The model is traced by dynamo twice from the beginning (for export, and again while it is
-lowered) and retraced by every decomposition and pass, node by node through fake tensors, and quantising adds several nodes to each
-linear. Nothing is quadratic in layers, and nothing can be left out from here. So it is a step of its own that runs beside the others,
-with hours as its limit; its converted weights outlive a kill.
+Quantised lowering of SmolLM2-135M takes 8 minutes of CPU where fp32 takes 3, and so looks stuck on a shared core. Sampled
+every five seconds: nearly all of it is Python. The model is traced by dynamo twice from the beginning (for export, and again
+while it is lowered) and retraced by every decomposition and pass, node by node through fake tensors; quantising adds several
+nodes to each linear. So it is a step of its own that runs beside the others, with hours as its limit; its converted weights
+outlive a kill.
 """
 
 from __future__ import annotations
@@ -18,8 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from stepwise import greedy, logits_of
+from tokenizer_file import TokenizerFile
 from tool_protocol import serve
 
+#: attention with a cache; quantised embeddings: without the second an 8da4w program loads and cannot run (error 0x14)
+_KERNELS = (
+    "extension/llm/custom_ops/libcustom_ops_aot_lib.so",
+    "kernels/quantized/libquantized_ops_aot_lib.so",
+)
 #: Hugging Face's names inside a layer -> Meta's
 _PARTS = {
     "input_layernorm": "attention_norm",
@@ -125,7 +131,8 @@ class ExecutorchProgram:
         from executorch.extension.pybindings import _C
 
         folder = Path(next(iter(executorch.__path__)))
-        torch.ops.load_library(str(folder / "extension/llm/custom_ops/libcustom_ops_aot_lib.so"))
+        for kernels in _KERNELS:
+            torch.ops.load_library(str(folder / kernels))
         self._torch = torch
         if hasattr(_C, "_unsafe_reset_threadpool"):
             _C._unsafe_reset_threadpool(1)
@@ -139,10 +146,11 @@ class ExecutorchProgram:
         return rows.reshape(-1, rows.shape[-1])[-1].copy()
 
 
-class ExecutorchModel:
-    """A ``.pte``: tokenised and rendered by slmops, so these are not asked here."""
+class ExecutorchModel(TokenizerFile):
+    """A ``.pte``: tokenised by slmops, and rendered by it too, which is not asked here."""
 
     def __init__(self, request: dict[str, Any]) -> None:
+        super().__init__(request["folder"])
         facts = json.loads((Path(request["folder"]) / "slmops-model.json").read_text(encoding="utf-8"))
         self._ends, self._context_tokens = set(facts["eos_tokens"]), facts["context_tokens"]
         self._program = ExecutorchProgram(request["model"])
@@ -151,10 +159,6 @@ class ExecutorchModel:
     def facts(self) -> dict[str, Any]:
         """See :class:`tool_protocol.ExportedModel`."""
         return {"runtime_version": version("executorch")}
-
-    def tokenize(self, text: str) -> list[int]:
-        """See :class:`tool_protocol.ExportedModel`."""
-        raise NotImplementedError("a .pte has no tokenizer")
 
     def render(self, messages: list[dict[str, str]]) -> str:
         """See :class:`tool_protocol.ExportedModel`."""

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tokenizer_file import TokenizerFile
 from tool_protocol import serve
 
 
@@ -50,14 +51,15 @@ def export(request: dict[str, Any], tell: Callable[[float | None, str], None]) -
     return {"files": [request["model_name"]], "torch": version("torch")}
 
 
-class MobileModel:
-    """A ``.ptl`` in the lite interpreter: tokenised and rendered by slmops, so these are not asked here."""
+class MobileModel(TokenizerFile):
+    """A ``.ptl`` in the lite interpreter: tokenised by slmops, and rendered by it too, which is not asked here."""
 
     def __init__(self, request: dict[str, Any]) -> None:
         import torch
         from torch.jit.mobile import _load_for_lite_interpreter
 
         torch.set_num_threads(1)
+        super().__init__(request["folder"])
         facts = json.loads((Path(request["folder"]) / "slmops-model.json").read_text(encoding="utf-8"))
         self._ends, self._torch = set(facts["eos_tokens"]), torch
         self._module = _load_for_lite_interpreter(request["model"])
@@ -65,10 +67,6 @@ class MobileModel:
     def facts(self) -> dict[str, Any]:
         """See :class:`tool_protocol.ExportedModel`."""
         return {"runtime_version": version("torch")}
-
-    def tokenize(self, text: str) -> list[int]:
-        """See :class:`tool_protocol.ExportedModel`."""
-        raise NotImplementedError("a .ptl has no tokenizer")
 
     def render(self, messages: list[dict[str, str]]) -> str:
         """See :class:`tool_protocol.ExportedModel`."""

@@ -32,7 +32,11 @@ class ExportedModel(Protocol):
         ...
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids by the tokenizer that the binding reads from the export."""
+        """Ids by the tokenizer that serves: slmops' reader of ``tokenizer.json``, or the engine's where that is built in."""
+        ...
+
+    def own_tokenize(self, text: str) -> list[int]:
+        """Ids by the engine's own tokenizer, where it has one that slmops does not serve with."""
         ...
 
     def render(self, messages: list[dict[str, str]]) -> str:
@@ -87,7 +91,8 @@ def serve(
 def _answer(model: ExportedModel, asked: dict[str, Any]) -> Any:
     op = asked["op"]
     if op == "tokenize":
-        return [model.tokenize(text) for text in asked["texts"]]
+        tokenize = model.own_tokenize if asked.get("own") else model.tokenize
+        return [tokenize(text) for text in asked["texts"]]
     if op == "render":
         return [model.render(messages) for messages in asked["conversations"]]
     if op == "generate":
