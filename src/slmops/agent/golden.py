@@ -14,10 +14,12 @@ from slmops.agent.serving import Backend
 from slmops.agent.store.artifacts import ArtifactStore
 from slmops.agent.store.slots import Baseline, Slot
 from slmops.artifact.manifest import (
+    GoldenExpectation,
     GoldenExpectations,
     GoldenPack,
     GoldenPrompt,
     decode,
+    decode_trace,
     golden_tokens_digest,
 )
 from slmops.core.device.machine import Failure
@@ -27,6 +29,7 @@ from slmops.core.evidence.golden import (
     PairedResult,
     PromptExpectation,
     PromptScore,
+    Trace,
     by_answers,
     judge_own,
     judge_paired,
@@ -35,8 +38,9 @@ from slmops.core.evidence.golden import (
 from slmops.protocol.messages import GoldenReport
 from slmops.runtimes import Engine
 
-#: longest that one prompt may take before the engine counts as hung, seconds
+#: longest that one prompt may take before the engine counts as hung, seconds; and as much again for each token of it
 PROMPT_TIMEOUT_S = 180.0
+TOKEN_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,11 @@ class Pack:
     sha256: str
     pack: GoldenPack
     expectations: tuple[PromptExpectation, ...]
+
+    @property
+    def voting(self) -> frozenset[str]:
+        """Prompts whose answers a later release must keep."""
+        return frozenset(one.id for one in self.expectations if one.counts_later)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +80,44 @@ def load_pack(store: ArtifactStore, slot: Slot) -> Pack:
     return Pack(
         sha256,
         pack,
-        tuple(
-            PromptExpectation(e.id, e.tokens_sha256, e.reference_logprob, e.tolerance, e.floor)
-            for e in expected.expectations
-        ),
+        tuple(map(expectation_of, expected.expectations)),
     )
 
 
-async def score_pack(backend: Backend, pack: GoldenPack) -> dict[str, PromptScore]:
-    """Score every prompt of a pack: mean log-probability of its answer under this engine, teacher-forced."""
+def expectation_of(told: GoldenExpectation) -> PromptExpectation:
+    """An expectation as the core judges it.
+
+    Raises:
+        TrustError: its trace is malformed.
+    """
+    trace = None
+    if told.trace is not None:
+        said = decode_trace(told.trace.logprobs)
+        trace = Trace(told.trace.kv_cache, said, told.trace.tolerance, told.trace.tolerance_other_kv)
+    return PromptExpectation(
+        told.id, told.tokens_sha256, told.reference_logprob, told.tolerance, told.floor, trace
+    )
+
+
+async def score_pack(
+    backend: Backend, pack: GoldenPack, voting: frozenset[str] = frozenset()
+) -> dict[str, PromptScore]:
+    """Score every prompt of a pack: log-probabilities of its answer under this engine, teacher-forced.
+
+    Args:
+        backend: the engine; one that cannot score is asked for its answers.
+        pack: the prompts.
+        voting: of these alone an answer is asked, where answers are all that there is (none: of all); the long text is no answer.
+    """
     if not backend.capabilities.score:
-        return {prompt.id: await _ask_prompt(backend, prompt) for prompt in pack.prompts}
-    return {prompt.id: await _score_prompt(backend.engine, prompt) for prompt in pack.prompts}
+        asked = [prompt for prompt in pack.prompts if not voting or prompt.id in voting]
+        return {prompt.id: await _ask_prompt(backend, prompt) for prompt in asked}
+    return await score_prompts(backend.engine, pack)
+
+
+async def score_prompts(engine: Engine, pack: GoldenPack) -> dict[str, PromptScore]:
+    """Score every prompt of a pack with an engine that can score."""
+    return {prompt.id: await _score_prompt(engine, prompt) for prompt in pack.prompts}
 
 
 async def _ask_prompt(backend: Backend, prompt: GoldenPrompt) -> PromptScore:
@@ -105,16 +140,17 @@ async def _ask_prompt(backend: Backend, prompt: GoldenPrompt) -> PromptScore:
 
 
 async def _score_prompt(engine: Engine, prompt: GoldenPrompt) -> PromptScore:
-    async def score() -> PromptScore:
+    async def render() -> tuple[list[int], int]:
         messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
         asked = await engine.apply_template(messages)
         answer = await engine.tokenize(prompt.answer, add_special=False, parse_special=False)
-        tokens = [*asked, *answer]
-        result = await engine.score(tokens, start=len(asked))
-        return PromptScore(golden_tokens_digest(tokens), -result.mean_nll)
+        return [*asked, *answer], len(asked)
 
     try:
-        return await asyncio.wait_for(score(), PROMPT_TIMEOUT_S)
+        tokens, start = await asyncio.wait_for(render(), PROMPT_TIMEOUT_S)
+        allowed_s = PROMPT_TIMEOUT_S + TOKEN_TIMEOUT_S * len(tokens)
+        result = await asyncio.wait_for(engine.score(tokens, start=start), allowed_s)
+        return PromptScore(golden_tokens_digest(tokens), -result.mean_nll, result.logprobs)
     except (asyncio.TimeoutError, SlmopsError):
         return PromptScore("", None)
 
@@ -131,15 +167,16 @@ async def run_probation_packs(
         baseline: what that release kept of its pack when it committed.
         old: its engine, asked only when there is no baseline.
     """
-    scores = await score_pack(candidate, own.pack)
-    own_result = judge_own(own.expectations, scores)
+    scores = await score_pack(candidate, own.pack, own.voting)
+    own_result = judge_own(own.expectations, scores, candidate.engine.spec.kv_cache)
     paired: PairedResult | None = None
     if committed is not None:
-        kept_before = dict(baseline.kept) if baseline is not None else {}
+        voting = committed.voting
+        kept_before = {i: kept for i, kept in baseline.kept.items() if i in voting} if baseline else {}
         if not kept_before and old is not None:
-            kept_before = keeps_answers(committed.expectations, await score_pack(old, committed.pack))
+            kept_before = keeps_answers(committed.expectations, await score_pack(old, committed.pack, voting))
         same = committed.sha256 == own.sha256
-        new_scores = scores if same else await score_pack(candidate, committed.pack)
+        new_scores = scores if same else await score_pack(candidate, committed.pack, voting)
         paired = judge_paired(
             kept_before, keeps_answers(committed.expectations, new_scores), committed.pack.max_drop_ratio
         )
