@@ -47,6 +47,7 @@ from slmops.build.search_plan import (
     gradient_steps,
     kv_step,
     possible_step,
+    sequential_step,
     serves_freely,
     verify_step,
 )
@@ -155,6 +156,9 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
     for target in ggufs:
         choice = Output(chosen_by(read.recipe, target))
         inputs: dict[str, Output | SourceFile] = {**weights, "choice": choice, **feedback_inputs(read)}
+        if search.sequential and "hessians" in inputs:
+            steps.append(sequential_step(read, target, inputs, calibration))
+            inputs |= {"hessians": Output(steps[-1].name, "hessians.npz"), "inputs": Output(steps[-1].name)}
         made_ahead = [
             Step(
                 of_target(f"tensors {part + 1}", target),

@@ -106,6 +106,18 @@ def feedback_inputs(read: ReadRecipe) -> dict[str, Output | SourceFile]:
     return inputs
 
 
+def sequential_step(
+    read: ReadRecipe, target: Target, inputs: Mapping[str, Output | SourceFile], text: Output
+) -> Step:
+    """The statistics of a target's inputs, collected again as its layers are quantised; ``inputs`` as for quantising."""
+    return Step(
+        of_target("sequential", target),
+        "slmops.build.steps.sequential:recollect",
+        {**{name: source for name, source in inputs.items() if name != "scales"}, "text": text},
+        {"stages": read.recipe.search.sequential},
+    )
+
+
 def possible_step(read: ReadRecipe, target: Target, reference: Output) -> Step:
     """The early no to a budget that cannot be met."""
     run = "slmops.build.steps.choose:possible"
