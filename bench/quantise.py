@@ -44,6 +44,8 @@ CALIBRATION_TOKENS, WINDOW_TOKENS = 8192, 256
 #: of these so many are the task's, and so many of its items are asked
 TASK_TOKENS, TASK_ITEMS = 2048, 96
 HELD_OUT_WINDOWS, SCORED_TOKENS = 10, 480
+#: of Gemma, whose five times as many tokens cost as much more to judge
+SECOND_WINDOWS = 4
 STOCK = ("Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K")
 SERVING = {"context_tokens": 1024, "kv_cache": "f16", "parallel": 1, "micro_batch_tokens": 64}
 SEARCH = Search(probe_tokens=256, sample_rows=48)
@@ -82,11 +84,12 @@ class World:
         tokens: int = CALIBRATION_TOKENS,
         *,
         has_task: bool = False,
+        windows: int = HELD_OUT_WINDOWS,
     ) -> None:
         self.folder = FOLDER / name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.cache = Cache(FOLDER / "cache")
-        self.search, self.tokens = search, tokens
+        self.search, self.tokens, self.windows = search, tokens, windows
         self.task = (
             taught(model, self.folder, self.cache, calibration_tokens=TASK_TOKENS, items=TASK_ITEMS)
             if has_task
@@ -107,10 +110,10 @@ class World:
             for index, conversation in enumerate(self.task.calibration):
                 windows.insert(index * 2 + 1, conversation)
         length = SCORED_TOKENS + 1
-        spread = (len(unseen) - length) // max(HELD_OUT_WINDOWS - 1, 1)
+        spread = (len(unseen) - length) // max(self.windows - 1, 1)
         held = [
             {"id": str(i), "token_ids": unseen[i * spread : i * spread + length], "start": 1}
-            for i in range(HELD_OUT_WINDOWS)
+            for i in range(self.windows)
         ]
         (self.folder / "calibration.json").write_text(json.dumps(windows))
         (self.folder / "held-out.json").write_text(json.dumps(held))
@@ -454,6 +457,7 @@ def main() -> None:
             gemma(FOLDER),
             SEARCH.model_copy(update={"sensitivity": "measured"}),
             options.tokens // 2,
+            windows=SECOND_WINDOWS,
         )
         other, files, report = compare(second, recipes)
         timed = {name: path for name, path in files.items() if name.startswith(("ours", "stock"))}
