@@ -456,6 +456,8 @@ class Search(Section):
         verify_tokens: calibration tokens on which the best choices are measured as they would ship; 0 trusts the tables.
         neighbours: choices near the best one that are measured, too.
         feedback: quantise with error feedback (GPTQ): later columns make up for what earlier ones lost.
+        sequential: in how many stages activations are collected again after the layers before were quantised (sequential
+            GPTQ): each costs a run over the calibration text for every target. 0: all from the unquantised model.
         scales_from: an earlier release's GGUF whose block scales are kept where that costs little, so that the
             update is small.
     """
@@ -484,6 +486,7 @@ class Search(Section):
     verify_tokens: int = Field(default=0, ge=0)
     neighbours: int = Field(default=8, ge=0, le=256)
     feedback: bool = True
+    sequential: int = Field(default=0, ge=0, le=256)
     scales_from: str | None = None
 
     @model_validator(mode="after")
@@ -491,6 +494,8 @@ class Search(Section):
         unknown = [name for name in self.types if name not in TYPE_IDS]
         if unknown or not self.types:
             raise ValueError(f"types: {unknown or 'none'} cannot be used: give some of {', '.join(TYPE_IDS)}")
+        if self.sequential and not self.feedback:
+            raise ValueError("sequential: needs feedback: true, whose statistics it collects again")
         strange = [name for name in self.kv_caches or () if name not in KV_TYPES]
         if strange:
             raise ValueError(f"kv_caches: {strange[0]!r} is not known: give some of {', '.join(KV_TYPES)}")
