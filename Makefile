@@ -16,7 +16,7 @@ ENGINE_TESTS := tests/contract/test_engine_contract.py tests/contract/test_capab
 ARGS ?=
 NAME ?=
 
-.PHONY: demo test test-train test-runtimes test-executorch check bench docs clean help
+.PHONY: demo test test-train test-runtimes test-executorch test-containers check bench docs clean help
 
 help:            ## what there is
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -60,6 +60,10 @@ test-runtimes: $(RUNTIMES_STAMP)  ## the contract of every engine without torch 
 
 test-executorch: $(EXECUTORCH_STAMP)  ## the same contract for ExecuTorch, which needs torch
 	$(EXECUTORCH)/bin/python -m pytest -n 2 -q $(ENGINE_TESTS) -m "$(MARKS)" -k executorch $(ARGS)
+
+test-containers: $(STAMP)  ## images of deploy/containers, built and run by podman (BASE=IMAGE to build on another one)
+	deploy/containers/build.sh server llama-cpp
+	$(BIN)/python -m pytest -q tests/integration/test_containers.py $(ARGS)
 
 check: $(STAMP)  ## ruff, mypy --strict, import-linter, fast tests
 	$(BIN)/ruff check .

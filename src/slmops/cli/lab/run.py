@@ -15,6 +15,7 @@ from slmops.cli.build.directory import BUILD_DIRECTORY
 from slmops.cli.connection import json_option
 from slmops.cli.lab.networks import NETWORKS, parse_network
 from slmops.cli.lab.session import LabOptions, run_lab
+from slmops.cli.local_fleet import containers
 from slmops.cli.output import megabytes, print_json, print_table
 from slmops.core.errors import GateError, UsageError
 
@@ -43,6 +44,11 @@ from slmops.core.errors import GateError, UsageError
     "--timeout-s", type=float, default=600.0, show_default=True, help="Longest that one device may take."
 )
 @click.option(
+    "--image",
+    default="",
+    help="Run each agent in a container of this image, with podman; see deploy/containers.  [default: as a process]",
+)
+@click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Where the report goes.  [default: lab.json in DIRECTORY, from where a release takes it]",
@@ -61,6 +67,7 @@ def run(
     context_tokens: int,
     kv_cache: str,
     timeout_s: float,
+    image: str,
     out: Path | None,
     keep: Path | None,
     as_json: bool,
@@ -78,8 +85,11 @@ def run(
     Examples:
       slmops lab run build/home-intents
       slmops lab run build/home-intents --profile pi-zero2-512mb --network flaky
+      slmops lab run build/home-intents --image localhost/slmops-agent-llama-cpp
     """
     parse_network(network)
+    if image:
+        containers.require(image)
     known = sorted({variant.profile for variant in load_build(directory).variants})
     unknown = sorted(set(profiles) - set(known))
     if unknown:
@@ -89,7 +99,9 @@ def run(
     if keep is not None and keep.exists():
         raise UsageError(f"--keep {keep} exists already", hint="give a new folder")
     work = keep or Path(tempfile.mkdtemp(prefix="slmops-lab-"))
-    options = LabOptions(directory, work, profiles, network, cpu_cores, context_tokens, kv_cache, timeout_s)
+    options = LabOptions(
+        directory, work, profiles, network, cpu_cores, context_tokens, kv_cache, timeout_s, image
+    )
     try:
         report = run_lab(options, lambda line: click.echo(line, err=as_json))
     finally:

@@ -44,6 +44,7 @@ class LabOptions:
         cpu_cores: share of CPU time of a device's engine.
         context_tokens, kv_cache: serving settings.
         timeout_s: longest that one device may take.
+        image: container image that agents run in; empty for processes.
         seed: of what breaks on the link.
     """
 
@@ -55,6 +56,7 @@ class LabOptions:
     context_tokens: int
     kv_cache: str
     timeout_s: float
+    image: str = ""
     seed: int = 0
 
 
@@ -152,6 +154,7 @@ class _Device:
                     self.options.cpu_cores,
                     relay.url if relay is not None else "",
                     ("--runtime", self.entry.runtime),
+                    self.options.image,
                 )
             ]
         )
@@ -214,7 +217,7 @@ rollout:
             runtime_version=device.facts.runtimes.get(self.entry.runtime, "") if device is not None else "",
             arch=device.facts.arch if device is not None else "",
             emulated=True,
-            limits=dict(device.facts.limits) if device is not None else {},
+            limits=self._limits(device),
             network=LabNetwork(self.options.network, counts.connections, counts.broken, counts.cut),
             outcome=outcome,
             reason=reason,
@@ -226,6 +229,17 @@ rollout:
             seconds=round((datetime.now(timezone.utc) - began).total_seconds(), 1),
             speed=None if bench is None else msgspec.convert(msgspec.structs.asdict(bench), LabSpeed),
         )
+
+    def _limits(self, device: DeviceRecord | None) -> dict[str, str]:
+        """How limits were enforced, by the agent or from outside."""
+        outside = (
+            {
+                "container": f"podman, {self.options.image}: memory of the profile, {self.options.cpu_cores:g} cores"
+            }
+            if self.options.image
+            else {}
+        )
+        return outside | (dict(device.facts.limits) if device is not None else {})
 
     def _record(self) -> DeviceRecord | None:
         try:

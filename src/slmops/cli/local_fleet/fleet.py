@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+from slmops.cli.local_fleet import containers
 from slmops.cli.local_fleet.processes import Processes, slmops_command, start_on_port, wait_for_run_file
 from slmops.cli.rollout.printing import progress_line
 from slmops.cli.server.run import READY
 from slmops.client import ControlPlane
 from slmops.client.records import BlueprintApplied, RolloutDetail
-from slmops.core.errors import BugError, DeadlineError
+from slmops.core.device.profile import BUILTIN_PROFILES
+from slmops.core.errors import BugError, DeadlineError, NotFoundError
 from slmops.core.rollout.machine import ENDED
 from slmops.release import ReleaseBundle, Workspace, create_release, init_keys, open_bundle, publish
 from slmops.release.publish import PublishReport
@@ -35,6 +37,7 @@ class LocalDevice:
         cpu_cores: share of CPU time of its engines; None for no limit.
         server_url: where it finds the control plane; empty for the direct way.
         options: further arguments of ``agent enroll``.
+        image: container image that its agent runs in; empty for a process.
     """
 
     name: str
@@ -43,6 +46,22 @@ class LocalDevice:
     cpu_cores: float | None = 1.0
     server_url: str = ""
     options: Sequence[str] = ()
+    image: str = ""
+
+    @property
+    def ram_bytes(self) -> int:
+        """Memory of its class.
+
+        Raises:
+            NotFoundError: the profile is none of the built-in ones.
+        """
+        known = BUILTIN_PROFILES.get(self.profile)
+        if known is None:
+            raise NotFoundError(
+                f"profile {self.profile!r} is none of the built-in ones: a container needs its memory limit",
+                hint=f"one of {', '.join(BUILTIN_PROFILES)}, or run it without a container",
+            )
+        return known.ram_bytes
 
 
 class LocalFleet:
@@ -55,6 +74,7 @@ class LocalFleet:
         self.processes = Processes(root / "logs")
         self.urls: dict[str, str] = {}
         self.server_url = ""
+        self._containers: set[str] = set()
         self._passphrase = secrets.token_urlsafe(24)
         self._workspace = Workspace(root / "keys")
         self._data = root / "server"
@@ -133,13 +153,15 @@ class LocalFleet:
             labels = [
                 word for name, value in device.labels.items() for word in ("--label", f"{name}={value}")
             ]
-            cores = [] if device.cpu_cores is None else ["--cpu-cores", f"{device.cpu_cores:g}"]
-            command = slmops_command(
+            # a container has its share of the CPU from outside
+            cores = (
+                [] if device.cpu_cores is None or device.image else ["--cpu-cores", f"{device.cpu_cores:g}"]
+            )
+            command = self._command(
+                device,
                 "agent",
                 "enroll",
                 device.server_url or self.server_url,
-                "--dir",
-                str(self.folder(device.name)),
                 "--profile",
                 device.profile,
                 "--name",
@@ -152,9 +174,26 @@ class LocalFleet:
             )
             environment = {**os.environ, "SLMOPS_ENROLL_TOKEN": token}
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
-            self.processes.start(device.name, "agent", "run", "--dir", str(self.folder(device.name)))
+            self.processes.start_command(device.name, self._command(device, "agent", "run"), environment)
         for device in devices:
             self.urls[device.name] = wait_for_run_file(self.folder(device.name), self.processes)
+
+    def _command(self, device: LocalDevice, *arguments: str) -> list[str]:
+        """The command line of ``slmops ARGUMENTS`` on a device, in its folder."""
+        folder = self.folder(device.name)
+        if not device.image:
+            return slmops_command(*arguments, "--dir", str(folder))
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        name = f"slmops-{self.root.name}-{device.name}"
+        self._containers.add(name)
+        return containers.run_command(
+            name,
+            folder,
+            device.image,
+            [*arguments, "--dir", containers.FOLDER],
+            ram_bytes=device.ram_bytes,
+            cpu_cores=device.cpu_cores,
+        )
 
     def stop(self, device: str) -> None:
         """Stop one device's agent; safe when it does not run."""
@@ -196,6 +235,9 @@ class LocalFleet:
             self._plane.close()
             self._plane = None
         self.processes.stop_all()
+        for name in self._containers:
+            containers.remove(name)
+        self._containers.clear()
 
 
 def _now() -> datetime:
