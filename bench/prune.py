@@ -41,6 +41,8 @@ from slmops.runtimes.llama_cpp.quantise import quantise_rows
 KEEP_TOKENS, KEEP_WIDTH, DROP_LAYERS = 16_384, 1280, 2
 SERVING = {"context_tokens": 1024, "kv_cache": "f16", "parallel": 1, "micro_batch_tokens": 64}
 SEQUENCE_TOKENS = 256
+#: of each topic the first parts are taken, first parts first
+PARTS, PART_CHARACTERS = 8, 1200
 
 
 class Bench:
@@ -97,8 +99,9 @@ class Bench:
                 ("held.json", self.held_tokens, halves[1]),
             ):
                 sequences: list[list[int]] = []
-                for topic in half:
-                    token_ids = model.tokenize(topics[topic].strip()[:1200])[:SEQUENCE_TOKENS]
+                for part, topic in ((part, topic) for part in range(PARTS) for topic in half):
+                    text = topics[topic].strip()[part * PART_CHARACTERS : (part + 1) * PART_CHARACTERS]
+                    token_ids = model.tokenize(text)[:SEQUENCE_TOKENS]
                     if len(token_ids) > 64 and sum(map(len, sequences)) < wanted:
                         sequences.append(token_ids)
                 document: Any = sequences

@@ -22,10 +22,13 @@ from machine_walks import BAKE_MAX_S, BAKE_MIN_S, WAVES, DeviceEdge, walk_device
 from slmops.artifact import chunkmap, manifest
 from slmops.core import errors
 from slmops.core.device import machine as device
+from slmops.core.device.fit import RUNTIME_MEMORY
 from slmops.core.evidence.gates import Verdict
 from slmops.core.rollout import machine as rollout
 from slmops.protocol import messages
 from slmops.protocol.documents.reader import KINDS, json_schema
+from slmops.runtimes.matrix import matrix_table
+from slmops.runtimes.registry import BUILT_IN, DECLARED_BY_OWNER, load_unchecked
 
 ROOT = Path(__file__).resolve().parent
 REFERENCE = ROOT / "reference"
@@ -135,6 +138,28 @@ def error_table() -> str:
             f"| `{kind.code}` | `{kind.__name__}` | {kind.exit_code} | {kind.http_status} | {kind.retry} "
             f"| {first_line(kind)} |"
         )
+    return "\n".join(rows)
+
+
+# ---- runtimes --------------------------------------------------------------------------------------------
+
+
+def runtime_table() -> str:
+    """What each built-in runtime declares; tests/contract/test_capabilities.py proves every line."""
+    names = sorted(set(BUILT_IN) - DECLARED_BY_OWNER)
+    return matrix_table({name: load_unchecked(name).capabilities for name in names})
+
+
+def runtime_memory_table() -> str:
+    """The numbers of admission."""
+    rows = [
+        "| runtime | base, MiB | bytes resident for a byte of weights | KV cache | conversations at once |"
+    ]
+    rows.append("|---|---|---|---|---|")
+    for name, how in sorted(RUNTIME_MEMORY.items()):
+        kv = f"always `{how.kv_type}`" if how.kv_type else "as the serving settings say"
+        most = how.max_parallel or "as the serving settings say"
+        rows.append(f"| {name} | {how.base_bytes >> 20} | {how.weights_ratio} | {kv} | {most} |")
     return "\n".join(rows)
 
 
@@ -256,6 +281,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "rollout-diagram": rollout_diagram,
     "rollout-table": rollout_table,
     "error-table": error_table,
+    "runtime-table": runtime_table,
+    "runtime-memory-table": runtime_memory_table,
     "message-fields": lambda: sections(messages),
     "manifest-fields": lambda: sections(manifest),
     "chunk-map-fields": lambda: sections(chunkmap),

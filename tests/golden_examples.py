@@ -102,6 +102,18 @@ EXPECTATIONS = m.GoldenExpectations(
     expectations=(m.GoldenExpectation("lights-on", fake("5"), -0.25, 0.125, -1.5),),
 )
 
+#: a later addition, in a file of its own: the first one never changes
+EXPECTATIONS_TRACED = m.GoldenExpectations(
+    schema=1,
+    pack_sha256=fake("f"),
+    reference_sha256=fake("4"),
+    expectations=(
+        m.GoldenExpectation(
+            "slmops-text", fake("5"), -3.25, 0.125, -1000.0, m.GoldenTrace("q8_0", "ADD/", 0.1875, 0.25)
+        ),
+    ),
+)
+
 BENCH = p.Bench(
     fake("a"), 82_000_000, 134_515_008, 257.5, 61.5, 0.25, 0.5, 201_000_000, "2026-11-23T12:00:00Z"
 )
@@ -167,6 +179,7 @@ MANIFESTS: dict[str, object] = {
     "variant": VARIANT,
     "golden-pack": PACK,
     "golden-expectations": EXPECTATIONS,
+    "golden-expectations-traced": EXPECTATIONS_TRACED,
 }
 MESSAGES: dict[str, msgspec.Struct] = {
     "enroll-request": p.EnrollRequest(
@@ -174,6 +187,13 @@ MESSAGES: dict[str, msgspec.Struct] = {
     ),
     "enroll-response": p.EnrollResponse(1, "kitchen-2", '{"signed":{}}', 30.0),
     "checkin-request": CHECKIN,
+    "checkin-request-other-runtime": msgspec.structs.replace(
+        CHECKIN,
+        facts=msgspec.structs.replace(FACTS, bench=msgspec.structs.replace(BENCH, runtime="litert-lm")),
+        outcome=p.OutcomeReport(
+            fake("6"), "r-2026-11-23-1", 11, "committed", golden=p.GoldenReport(8, 0, by_answers=True)
+        ),
+    ),
     "checkin-request-idle": p.CheckinRequest(1, "b-1", 1, 0, "idle"),
     "checkin-response": p.CheckinResponse(1, 41, 30.0, ASSIGNMENT),
     "checkin-response-quiet": p.CheckinResponse(1, 42, 30.0),

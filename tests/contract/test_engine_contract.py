@@ -583,6 +583,64 @@ def test_a_killed_child_is_seen(harness: Harness, workdir: Path) -> None:
     run(main())
 
 
+def test_a_crash_in_the_middle_of_a_stream_is_seen(harness: Harness, workdir: Path) -> None:
+    """The reader's stream breaks off without its end mark, and the engine is known to be dead."""
+
+    async def main() -> None:
+        async with opened(harness.slow, workdir) as (engine, client):
+            lines: list[str] = []
+            body = chat_body(stream=True, max_tokens=900, ignore_eos=True)
+            with pytest.raises(httpx.TransportError):
+                async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+                    async for line in response.aiter_lines():
+                        lines.append(line)
+                        if len(lines) == 3:
+                            os.kill(engine.pid, signal.SIGKILL)
+            assert "data: [DONE]" not in lines
+            await until(lambda: not engine.alive())
+            assert not await engine.healthy(5.0)
+
+    run(main())
+
+
+def test_a_hang_is_told_from_work(harness: Harness, workdir: Path) -> None:
+    """A working engine answers in the middle of a prompt; one that stands still does not, and can still be stopped."""
+
+    async def main() -> None:
+        engine = await harness.runtime.start(harness.slow, workdir)
+        await engine.wait_ready(READY_S)
+        async with client_of(engine) as client:
+            body = chat_body(messages=[{"role": "user", "content": harness.long_text}], max_tokens=2)
+            work = asyncio.create_task(client.post("/v1/chat/completions", json=body))
+            assert await engine.healthy(30.0)
+            os.kill(engine.pid, signal.SIGSTOP)
+            assert not await engine.healthy(0.3)
+            assert engine.alive()
+            os.kill(engine.pid, signal.SIGCONT)
+            assert (await work).status_code == 200
+            assert await engine.healthy(30.0)
+        os.kill(engine.pid, signal.SIGSTOP)
+        await engine.stop(grace_s=0.1)
+        assert not engine.alive()
+
+    run(main())
+
+
+def test_memory_is_given_back(harness: Harness, workdir: Path) -> None:
+    """What an engine took is gone with its process: a second one starts from where the first did."""
+
+    async def main() -> None:
+        sizes = []
+        for _ in range(2):
+            async with opened(harness.spec, workdir) as (engine, client):
+                await client.post("/v1/chat/completions", json=chat_body())
+                sizes.append(engine.private_bytes())
+            assert not Path(f"/proc/{engine.pid}").exists()
+        assert sizes[1] == pytest.approx(sizes[0], rel=0.25)
+
+    run(main())
+
+
 @pytest.fixture
 def orphan_maker(harness: Harness, workdir: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that starts an engine, prints its pid, and waits."""

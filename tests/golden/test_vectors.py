@@ -28,6 +28,7 @@ DIGESTS = {
     "variant": "1e2c4d305a929b1dbd71b014d2df6f82d493ec18560eee4c4bf872943fff4f4b",
     "golden-pack": "7cccc8e8a3c09defef9b9dc0233ec457b2455b8a465bc0417f6fd5f3811bb516",
     "golden-expectations": "2387a7322a6795d8c73eaf79d6eb263c48ce17767825a7c1be6b55af67b6d88f",
+    "golden-expectations-traced": "28a33b4b2d10fa04bb9a217086aa74a7e5479befa6f91515295ce6318d27118a",
     "chunk-map": "2293b8f3a179c364b5b55f0f63343f7cce8a70e068c6e569792fdd28174c5e01",
 }
 

@@ -29,6 +29,7 @@ from slmops.artifact.manifest import GoldenExpectations, GoldenPack, decode
 from slmops.build import BuildResult, StepEvent, describe, diff, load_build, run_build
 from slmops.build.fault_catalogue import PROBES
 from slmops.build.gguf_file import open_gguf
+from slmops.build.steps.golden_trace import TEXT_ID
 from slmops.cli.build.group import build as build_commands
 from slmops.core.device.fit import ModelShape, Serving, memory_needed
 from slmops.core.errors import (
@@ -106,7 +107,7 @@ def test_the_directory_holds_what_its_index_says(built: Built) -> None:
         assert (len(content), sha256_hex(content)) == (file.bytes, file.sha256)
     assert [v.profile for v in build.variants] == ["pi-zero2-512mb", "pi5-8gb"]
     pack = decode((built.out / build.golden_pack.path).read_bytes(), GoldenPack)
-    assert len(pack.prompts) == 2
+    assert [p.id for p in pack.prompts][2:] == [TEXT_ID]
     for variant, budget in zip(build.variants, (120_000, 170_000), strict=True):
         content = (built.out / variant.model.path).read_bytes()
         assert 0.9 * budget < len(content) <= budget

@@ -66,6 +66,7 @@ async def run_bench(
         load_s=result.load_s or 0.0,
         rss_bytes=result.peak_rss_bytes,
         measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        runtime=slot.runtime,
     )
     write_atomic(layout.bench, msgspec.json.encode(bench))
     return bench

@@ -13,6 +13,7 @@ from slmops.agent.identity import DeviceConfig, machine_arch
 from slmops.agent.store.files import free_bytes
 from slmops.agent.store.layout import Layout
 from slmops.artifact.digest import UNREADABLE_JSON
+from slmops.core.device.fit import engine_for
 from slmops.core.device.profile import BUILTIN_PROFILES, DeviceFacts, DeviceProfile, MeasuredSpeed
 from slmops.core.errors import SlmopsError
 from slmops.protocol.messages import Bench, Facts
@@ -50,12 +51,12 @@ def rounded_disk(free: int) -> int:
     return free // step * step if free >= step else free
 
 
-def device_facts(facts: Facts) -> DeviceFacts:
-    """The same, as the fit wants it."""
+def device_facts(facts: Facts, runtime: str) -> DeviceFacts:
+    """The same, as the fit of a variant of this runtime wants it."""
     bench = facts.bench
     speed = (
         MeasuredSpeed(bench.weights_bytes, bench.decode_tps, bench.prefill_tps, bench.parameters)
-        if bench is not None
+        if bench is not None and bench.speaks_of(engine_for(runtime, facts.runtimes) or runtime)
         else None
     )
     return DeviceFacts(facts.ram_limit_bytes, facts.disk_free_bytes, facts.runtimes, facts.cores, speed)

@@ -14,10 +14,12 @@ from slmops.agent.serving import Backend
 from slmops.agent.store.artifacts import ArtifactStore
 from slmops.agent.store.slots import Baseline, Slot
 from slmops.artifact.manifest import (
+    GoldenExpectation,
     GoldenExpectations,
     GoldenPack,
     GoldenPrompt,
     decode,
+    decode_trace,
     golden_tokens_digest,
 )
 from slmops.core.device.machine import Failure
@@ -27,6 +29,7 @@ from slmops.core.evidence.golden import (
     PairedResult,
     PromptExpectation,
     PromptScore,
+    Trace,
     by_answers,
     judge_own,
     judge_paired,
@@ -35,8 +38,9 @@ from slmops.core.evidence.golden import (
 from slmops.protocol.messages import GoldenReport
 from slmops.runtimes import Engine
 
-#: longest that one prompt may take before the engine counts as hung, seconds
+#: longest that one prompt may take before the engine counts as hung, seconds; and as much again for each token of it
 PROMPT_TIMEOUT_S = 180.0
+TOKEN_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +75,22 @@ def load_pack(store: ArtifactStore, slot: Slot) -> Pack:
     return Pack(
         sha256,
         pack,
-        tuple(
-            PromptExpectation(e.id, e.tokens_sha256, e.reference_logprob, e.tolerance, e.floor)
-            for e in expected.expectations
-        ),
+        tuple(map(expectation_of, expected.expectations)),
+    )
+
+
+def expectation_of(told: GoldenExpectation) -> PromptExpectation:
+    """An expectation as the core judges it.
+
+    Raises:
+        TrustError: its trace is malformed.
+    """
+    trace = None
+    if told.trace is not None:
+        said = decode_trace(told.trace.logprobs)
+        trace = Trace(told.trace.kv_cache, said, told.trace.tolerance, told.trace.tolerance_other_kv)
+    return PromptExpectation(
+        told.id, told.tokens_sha256, told.reference_logprob, told.tolerance, told.floor, trace
     )
 
 
@@ -105,16 +121,24 @@ async def _ask_prompt(backend: Backend, prompt: GoldenPrompt) -> PromptScore:
 
 
 async def _score_prompt(engine: Engine, prompt: GoldenPrompt) -> PromptScore:
-    async def score() -> PromptScore:
+    async def render() -> tuple[list[int], int]:
         messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
         asked = await engine.apply_template(messages)
         answer = await engine.tokenize(prompt.answer, add_special=False, parse_special=False)
-        tokens = [*asked, *answer]
-        result = await engine.score(tokens, start=len(asked))
-        return PromptScore(golden_tokens_digest(tokens), -result.mean_nll)
+        return [*asked, *answer], len(asked)
 
     try:
-        return await asyncio.wait_for(score(), PROMPT_TIMEOUT_S)
+        tokens, start = await asyncio.wait_for(render(), PROMPT_TIMEOUT_S)
+        room = engine.spec.context_tokens
+        if len(tokens) > room:  # served with less context than it was built for: the beginning must do
+            logprobs: tuple[float, ...] = ()
+            if room > start + 1:
+                cut = engine.score(tokens[:room], start=start)
+                logprobs = (await asyncio.wait_for(cut, PROMPT_TIMEOUT_S + TOKEN_TIMEOUT_S * room)).logprobs
+            return PromptScore(golden_tokens_digest(tokens), None, logprobs, cut=True)
+        allowed_s = PROMPT_TIMEOUT_S + TOKEN_TIMEOUT_S * len(tokens)
+        result = await asyncio.wait_for(engine.score(tokens, start=start), allowed_s)
+        return PromptScore(golden_tokens_digest(tokens), -result.mean_nll, result.logprobs)
     except (asyncio.TimeoutError, SlmopsError):
         return PromptScore("", None)
 
@@ -132,10 +156,11 @@ async def run_probation_packs(
         old: its engine, asked only when there is no baseline.
     """
     scores = await score_pack(candidate, own.pack)
-    own_result = judge_own(own.expectations, scores)
+    own_result = judge_own(own.expectations, scores, candidate.engine.spec.kv_cache)
     paired: PairedResult | None = None
     if committed is not None:
-        kept_before = dict(baseline.kept) if baseline is not None else {}
+        voting = {e.id for e in committed.expectations if e.counts_later}
+        kept_before = {i: kept for i, kept in baseline.kept.items() if i in voting} if baseline else {}
         if not kept_before and old is not None:
             kept_before = keeps_answers(committed.expectations, await score_pack(old, committed.pack))
         same = committed.sha256 == own.sha256

@@ -27,7 +27,7 @@ from typing import Any
 import msgspec
 import uvicorn
 
-from slmops.agent.facts import read_facts, use_external_server
+from slmops.agent.facts import read_facts, usable_runtimes, use_external_server
 from slmops.agent.gateway.app import Gateway
 from slmops.agent.gateway.measures import Measures
 from slmops.agent.identity import SCHEMA, DeviceConfig, load_config, make_key, save_config
@@ -159,7 +159,9 @@ class _Agent:
             config.server_url, device_id=config.device_id, key_pem=layout.key.read_bytes()
         )
         store = ArtifactStore(layout)
-        source = ReleaseSource(self._server, store, layout.tuf, config.tuf_root.encode())
+        source = ReleaseSource(
+            self._server, store, layout.tuf, config.tuf_root.encode(), lambda: usable_runtimes(config)
+        )
         self._router, self._measures = Router(), Measures()
         self._keeper = EngineKeeper(layout, store, config, self._router)
         self._actions = Actions(

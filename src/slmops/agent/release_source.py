@@ -9,6 +9,7 @@ Source: TUF specification 1.0.33, section 5 (python-tuf's client does it).
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from slmops.agent.store.slots import SCHEMA as SLOT_SCHEMA
 from slmops.agent.store.slots import Slot, SlotArtifact
 from slmops.artifact.chunkmap import ChunkMap, decode_chunk_map
 from slmops.artifact.manifest import Release, Variant, assignment_digest, decode
+from slmops.core.device.fit import engine_for
 from slmops.core.errors import (
     DigestError,
     ExpiredMetadataError,
@@ -41,12 +43,14 @@ class ResolvedRelease:
 
     Attributes:
         chunk_maps: how each of the variant's files is cut, in their order.
+        engine: runtime that will serve it here; the variant's own where none is installed, and then it is refused.
     """
 
     assignment: Assignment
     release: Release
     variant: Variant
     chunk_maps: tuple[ChunkMap, ...]
+    engine: str
 
     def slot(self) -> Slot:
         """The slot manifest that this release will be."""
@@ -63,16 +67,22 @@ class ResolvedRelease:
             SlotArtifact("golden-expectations", self.variant.golden.sha256, self.variant.golden.bytes),
         ]
         artifacts += [SlotArtifact(f"prompt:{p.name}", p.sha256, p.bytes) for p in self.assignment.prompts]
-        return Slot(
-            SLOT_SCHEMA, self.assignment, tuple(artifacts), self.variant.runtime.name, self.release.model
-        )
+        return Slot(SLOT_SCHEMA, self.assignment, tuple(artifacts), self.engine, self.release.model)
 
 
 class ReleaseSource:
     """Fetches and verifies the documents of a release."""
 
-    def __init__(self, server: ControlPlane, store: ArtifactStore, tuf_folder: Path, tuf_root: bytes) -> None:
-        """Trust ``tuf_root``, the root metadata pinned at enrolment."""
+    def __init__(
+        self,
+        server: ControlPlane,
+        store: ArtifactStore,
+        tuf_folder: Path,
+        tuf_root: bytes,
+        runtimes: Callable[[], Collection[str]],
+    ) -> None:
+        """Trust ``tuf_root``, the root metadata pinned at enrolment; ``runtimes`` gives the engines of this device."""
+        self._runtimes = runtimes
         self._server = server
         self._store = store
         self._tuf_folder = tuf_folder
@@ -122,7 +132,8 @@ class ReleaseSource:
             small.append((blob.sha256, blob.bytes))
         for sha256, size_bytes in small:
             await self._blob(sha256, size_bytes)
-        return ResolvedRelease(assignment, release, variant, tuple(chunk_maps))
+        engine = engine_for(variant.runtime.name, self._runtimes()) or variant.runtime.name
+        return ResolvedRelease(assignment, release, variant, tuple(chunk_maps), engine)
 
     def _check_identity(self, assignment: Assignment, release: Release, variant: Variant) -> None:
         signed_prompts = {prompt.sha256: prompt.name for prompt in release.prompts}

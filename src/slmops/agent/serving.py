@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 
 from slmops.agent.facts import memory_limit_bytes
+from slmops.agent.hangs import HangWatch
 from slmops.agent.identity import DeviceConfig
 from slmops.agent.store.artifacts import ArtifactStore
 from slmops.agent.store.layout import Layout
@@ -178,6 +179,7 @@ class EngineKeeper:
         self._running: dict[SlotName, Backend] = {}
         self._starting = asyncio.Lock()
         self.restarts = 0
+        self.hangs = 0
         #: called with a slot's name when its engine died by itself
         self.on_death: Callable[[SlotName], None] = lambda name: None
         #: called when it cannot be started again because a file of its slot is damaged
@@ -295,13 +297,17 @@ class EngineKeeper:
             await self.stop(name)
 
     async def watch(self) -> None:
-        """Restart the active engine whenever it dies, for ever; pauses grow while it keeps dying."""
+        """Restart the active engine whenever it dies or hangs, for ever; pauses grow while it keeps dying."""
         failures = 0
+        hangs = HangWatch()
         while True:
             await asyncio.sleep(_WATCH_EVERY_S)
             for name, backend in list(self._running.items()):
                 if backend.engine.alive():
-                    continue
+                    if not hangs.seen(backend.engine):
+                        continue
+                    self.hangs += 1
+                    await backend.engine.stop(grace_s=0.0)  # its requests fail over, as after a crash
                 self.on_death(name)
                 if self._router.active is not backend:
                     self._running.pop(name, None)

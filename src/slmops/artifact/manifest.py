@@ -11,6 +11,8 @@ tests/golden.
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -285,6 +287,22 @@ class GoldenPack(msgspec.Struct, frozen=True, omit_defaults=True):
     max_drop_ratio: Ratio = 0.0
 
 
+class GoldenTrace(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Token by token, what a variant's file said of an answer when it was built. Devices that know no traces ignore them.
+
+    Attributes:
+        kv_cache: the KV-cache type that it was scored with.
+        logprobs: base64, one byte a token: 16 times the negative log-probability in nats, rounded, 255 at most.
+        tolerance: largest acceptable mean absolute difference, nats a token, under that KV-cache type, and between any two
+            of f32, f16, bf16 and q8_0; ``tolerance_other_kv``: under another one.
+    """
+
+    kv_cache: str
+    logprobs: str
+    tolerance: Annotated[float, msgspec.Meta(ge=0)]
+    tolerance_other_kv: Annotated[float, msgspec.Meta(ge=0)]
+
+
 class GoldenExpectation(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one prompt must show on a device.
 
@@ -294,7 +312,8 @@ class GoldenExpectation(msgspec.Struct, frozen=True, omit_defaults=True):
             catches a wrong template or tokenizer before any arithmetic.
         reference_logprob: mean log-probability per answer token under the **unquantised** reference, nats.
         tolerance: largest acceptable distance from it for this variant, nats, from its own measured loss.
-        floor: lowest mean log-probability at which a *later* release still keeps this answer, nats.
+        floor: lowest mean log-probability at which a *later* release still keeps this answer, nats; -1000: it need not.
+        trace: what this file said of each answer token when it was built; of long texts.
     """
 
     id: str
@@ -302,6 +321,7 @@ class GoldenExpectation(msgspec.Struct, frozen=True, omit_defaults=True):
     reference_logprob: float
     tolerance: Annotated[float, msgspec.Meta(ge=0)]
     floor: float
+    trace: GoldenTrace | None = None
 
 
 class GoldenExpectations(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -365,6 +385,26 @@ def release_digest(manifest: bytes) -> str:
 def golden_tokens_digest(token_ids: list[int]) -> str:
     """Digest of token ids, as :class:`GoldenExpectation` keeps it."""
     return sha256_hex(",".join(map(str, token_ids)).encode())
+
+
+def encode_trace(logprobs: Sequence[float]) -> str:
+    """Log-probabilities as :class:`GoldenTrace` keeps them: to a sixteenth of a nat, -15.9 at least."""
+    return base64.b64encode(bytes(min(round(-16 * value), 255) for value in logprobs)).decode("ascii")
+
+
+def decode_trace(text: str) -> tuple[float, ...]:
+    """Log-probabilities of a :class:`GoldenTrace`.
+
+    Raises:
+        TrustError: it is no base64.
+    """
+    try:
+        return tuple(-value / 16 for value in base64.b64decode(text, validate=True))
+    except ValueError as error:
+        raise TrustError(
+            f"golden expectations: a trace is malformed: {error}",
+            hint="the release was made by a broken tool",
+        ) from error
 
 
 def assignment_digest(

@@ -12,6 +12,7 @@ from slmops.build.step_names import (
     ASKED_REFERENCE,
     DISTRIBUTIONS,
     GOLDEN_REFERENCE,
+    GOLDEN_TEXT,
     LIKELIHOOD_REFERENCE,
     PACK,
     SPARSITY,
@@ -50,7 +51,7 @@ def answers_step(read: ReadRecipe, name: str, model: Output | SourceFile, evalua
 def golden_pack_steps(
     read: ReadRecipe, reference: Output, variant: Output, evaluation: Evaluation
 ) -> list[Step]:
-    """Choose the pack, on the smallest variant as it is and damaged, and score it with the reference."""
+    """Choose the pack, maybe on the smallest variant as it is and faulty, and score it with the reference."""
     inputs: dict[str, Output | SourceFile] = {
         "eval": read.sources["eval"],
         "answers": Output(ASKED_REFERENCE, "answers.jsonl"),
@@ -65,7 +66,16 @@ def golden_pack_steps(
         inputs |= {"reference": reference, "variant": variant}
         params |= {"candidates": evaluation.golden_candidates, "serving": serving_of(read.recipe)}
     exact = {**serving_of(read.recipe), "kv_cache": "f16"}
+    steps = []
+    if evaluation.golden_text_tokens:
+        room = {
+            "text_tokens": evaluation.golden_text_tokens,
+            "context_tokens": read.recipe.serving.context_tokens,
+        }
+        steps.append(Step(GOLDEN_TEXT, "slmops.build.steps.golden_trace:cut", {"model": reference}, room))
+        inputs["text"] = Output(GOLDEN_TEXT)
     return [
+        *steps,
         Step(PACK, "slmops.build.steps.golden:select", inputs, params, light=light),
         Step(
             GOLDEN_REFERENCE,
@@ -92,7 +102,7 @@ def measure_steps(
             of_target("golden scores", target),
             "slmops.build.steps.golden:score",
             {"model": variant, "pack": Output(PACK, "golden-pack.json"), **serving_inputs(read, target)},
-            {"serving": serving_of(read.recipe)},
+            {"serving": serving_of(read.recipe), "trace": True},
         ),
     ]
 

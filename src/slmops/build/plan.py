@@ -200,13 +200,14 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
 def _chosen(recipe: Recipe, only: tuple[str, ...] | None) -> tuple[Target, ...]:
     if only is None:
         return recipe.targets
-    missing = [name for name in only if name not in {target.profile for target in recipe.targets}]
+    known = {name for target in recipe.targets for name in (target.profile, target.key)}
+    missing = [name for name in only if name not in known]
     if missing:
         raise NotFoundError(
             f"the recipe has no target {', '.join(missing)}",
-            hint=f"its targets: {', '.join(t.profile for t in recipe.targets)}",
+            hint=f"its targets: {', '.join(t.key for t in recipe.targets)}",
         )
-    return tuple(target for target in recipe.targets if target.profile in only)
+    return tuple(t for t in recipe.targets if t.profile in only or t.key in only)
 
 
 def _text_step(read: ReadRecipe, base: Output | SourceFile, evaluation: Evaluation) -> Step:

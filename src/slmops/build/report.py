@@ -85,7 +85,7 @@ def _chosen(row: Mapping[str, Any]) -> list[str]:
     mix = ", ".join(f"{count} in {name}" for name, count in types if name != "F32")
     derived = budget.get("derived")
     why = _WHY[derived["because"] if derived and budget["bound"] == "artifact_bytes" else budget["bound"]]
-    return [
+    said = [
         f"{_mb(row['artifact_bytes'])}, {figures['bits_per_weight']:.1f} bits a weight; "
         f"{_mb(budget['allowed_bytes'])} were allowed: {why}",
         f"matrices: {mix}",
@@ -93,6 +93,13 @@ def _chosen(row: Mapping[str, Any]) -> list[str]:
         f"{figures['decode_tps']:.0f} tokens/s measured here with one thread, {figures['predicted_decode_tps']:.0f} "
         f"predicted on the device; {_mb(figures['rss_bytes'])} of memory at most",
     ]
+    tokens = row.get("golden", {}).get("tokens")
+    if tokens and figures.get("prefill_tps"):
+        said.append(
+            f"a device scores {tokens} tokens of its golden pack before it commits, {tokens / figures['prefill_tps']:.0f} s at "
+            f"the {figures['prefill_tps']:.0f} tokens/s of prefill measured here, and as many of the committed release's pack"
+        )
+    return said
 
 
 def _served(row: Mapping[str, Any]) -> list[str]:

@@ -23,6 +23,8 @@ SPEEDS = "speed of types"
 EXPORT_SOURCE = "export source"
 #: only where the search may choose how a model is served
 KV_CACHES = "kv caches"
+#: how much of the long text a golden pack holds
+GOLDEN_TEXT = "golden text"
 
 TEXT, PACK, ASKED_BASE, ASKED_REFERENCE, DISTRIBUTIONS, GOLDEN_REFERENCE = (
     "render text",

@@ -17,6 +17,7 @@ from slmops.core.errors import EXIT_BUG, EXIT_USAGE, SlmopsError, UsageError
 NOUNS: dict[str, tuple[str, str]] = {
     "demo": ("slmops.cli.demo.command:demo", "the main job, end to end, on this machine"),
     "init": ("slmops.cli.init.command:init", "a starter project: recipe and examples"),
+    "doctor": ("slmops.cli.doctor.command:doctor", "what works here, what this machine can hold"),
     "build": ("slmops.cli.build.group:build", "recipe -> measured variants"),
     "lab": ("slmops.cli.lab.group:lab", "each variant on a device of its class, as evidence"),
     "release": ("slmops.cli.release.group:release", "build -> signed release, publishing, channels"),

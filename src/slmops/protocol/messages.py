@@ -43,6 +43,7 @@ class Bench(msgspec.Struct, frozen=True, omit_defaults=True):
         ttft_s: time to first token, seconds; ``load_s``: from start to ready.
         rss_bytes: peak resident memory of the engine.
         measured_at: UTC, RFC 3339.
+        runtime: engine that it was measured with; empty from agents that knew only llama.cpp.
     """
 
     artifact_sha256: Digest
@@ -54,6 +55,11 @@ class Bench(msgspec.Struct, frozen=True, omit_defaults=True):
     load_s: Seconds
     rss_bytes: Count
     measured_at: str
+    runtime: str = ""
+
+    def speaks_of(self, runtime: str) -> bool:
+        """Whether it tells how fast an engine of this runtime is here: another one reads memory at another rate."""
+        return (self.runtime or "llama.cpp") == runtime
 
 
 class Facts(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -274,6 +274,10 @@ class Engine(Protocol):
         """
         ...
 
+    async def healthy(self, timeout_s: float) -> bool:
+        """Ask `/health` once; False when it does not answer 200 in time: the engine is dead, or it hangs."""
+        ...
+
     async def properties(self) -> EngineProperties:
         """Read back what was really loaded."""
         ...

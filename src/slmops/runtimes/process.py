@@ -111,6 +111,7 @@ class EngineProcess:
         environment: Mapping[str, str],
         extra: Mapping[str, object] | None = None,
         sockets: Sockets | None = None,
+        python: str = sys.executable,
     ) -> _Process:
         """Start `python -m module` and hand it its configuration.
 
@@ -122,6 +123,7 @@ class EngineProcess:
             environment: variables to set besides the inherited ones.
             extra: more configuration for this runtime's child.
             sockets: where to listen, when the caller had to know before.
+            python: interpreter; another environment's where the binding is installed there.
 
         Raises:
             RuntimeLoadError: `workdir` or the model file does not exist.
@@ -135,7 +137,7 @@ class EngineProcess:
         sockets = sockets or Sockets.within(workdir)
         kept = {key: value for key, value in os.environ.items() if not key.startswith(_REFUSED_ENVIRONMENT)}
         process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            [python, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -235,6 +237,14 @@ class EngineProcess:
                     log_tail=self.log_tail(),
                 )
             await asyncio.sleep(_POLL_S)
+
+    async def healthy(self, timeout_s: float) -> bool:
+        """See `Engine`."""
+        try:
+            response = await self._client(self._sockets.engine).get("/health", timeout=timeout_s)
+        except httpx.HTTPError:
+            return False
+        return response.status_code == httpx.codes.OK
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """See `Engine`."""

@@ -33,6 +33,9 @@ BUILT_IN: dict[str, str] = {
     "onnxruntime-genai": "slmops.runtimes.onnxruntime_genai.adapter:OnnxRuntimeGenaiRuntime",
 }
 
+#: Runtimes whose capabilities each device's owner declares; those of all others are known without a device.
+DECLARED_BY_OWNER = frozenset({"external"})
+
 #: Built-in name to the extra that installs its binding.
 EXTRAS: dict[str, str] = {
     "executorch": "executorch",
@@ -55,6 +58,24 @@ def load(name: str) -> Runtime:
         NotFoundError: no such runtime, or `module:attribute` does not lead to one.
         RuntimeLoadError: the runtime is known but its binding is not installed.
     """
+    runtime = load_unchecked(name)
+    try:
+        runtime.version()
+    except metadata.PackageNotFoundError as error:
+        extra = EXTRAS.get(name)
+        hint = f'pip install "slmops[{extra}]"' if extra else f"install what {name!r} needs"
+        raise RuntimeLoadError(
+            f"runtime {name!r} needs {error.name!r}, which is not installed", hint=hint, runtime=name
+        ) from error
+    return runtime
+
+
+def load_unchecked(name: str) -> Runtime:
+    """As `load`, whether its binding is installed or not: for what it declares.
+
+    Raises:
+        NotFoundError: no such runtime, or `module:attribute` does not lead to one.
+    """
     target = BUILT_IN.get(name) or (name if ":" in name else _entry_point(name))
     module_name, _, attribute = target.partition(":")
     try:
@@ -72,14 +93,6 @@ def load(name: str) -> Runtime:
             hint="use module:attribute of a class that is a slmops.runtimes.Runtime",
             runtime=name,
         )
-    try:
-        runtime.version()
-    except metadata.PackageNotFoundError as error:
-        extra = EXTRAS.get(name)
-        hint = f'pip install "slmops[{extra}]"' if extra else f"install what {name!r} needs"
-        raise RuntimeLoadError(
-            f"runtime {name!r} needs {error.name!r}, which is not installed", hint=hint, runtime=name
-        ) from error
     return runtime
 
 

@@ -18,6 +18,7 @@ from slmops.build.steps.golden import (
     expectations_of,
     select,
 )
+from slmops.build.steps.golden_trace import TEXT_ID
 from slmops.core.errors import BuildError
 
 
@@ -52,7 +53,17 @@ def test_another_tokenisation_is_refused() -> None:
         expectations_of(scores(x=-0.1), other, [other])
 
 
-def chosen(tmp_path: Path, said: dict[str, tuple[str, bool]], count: int) -> GoldenPack:
+def test_the_long_text_has_no_say_in_what_answers_may_lose() -> None:
+    """No model is sure of it: its distance would widen every answer's tolerance."""
+    reference = scores(x=-0.1) | {TEXT_ID: scores(x=-3.0)["x"]}
+    own = scores(x=-0.1) | {TEXT_ID: scores(x=-3.4)["x"]}
+    by_id = {e.id: e for e in expectations_of(reference, own, [reference], frozenset({TEXT_ID}))}
+    assert by_id["x"].tolerance == BASE_TOLERANCE
+    assert by_id[TEXT_ID].tolerance == pytest.approx(BASE_TOLERANCE + 0.8)
+    assert by_id[TEXT_ID].floor == NO_FLOOR
+
+
+def chosen(tmp_path: Path, said: dict[str, tuple[str, bool]], count: int, text: str = "") -> GoldenPack:
     """The pack for a reference that said these things; the gold answer of every item is "gold"."""
     items = [{"id": name, "messages": [{"role": "user", "content": name}], "answer": "gold"} for name in said]
     (tmp_path / "eval.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
@@ -63,7 +74,11 @@ def chosen(tmp_path: Path, said: dict[str, tuple[str, bool]], count: int) -> Gol
     files = {"eval": tmp_path / "eval.jsonl", "answers": tmp_path / "answers.jsonl"}
     (tmp_path / "out").mkdir()
     context = StepContext(
-        files, {"asked": asked}, {"count": count, "max_drop_ratio": 0.0}, tmp_path / "out", lambda r, n: None
+        files,
+        {"asked": asked, "text": {"text": text}},
+        {"count": count, "max_drop_ratio": 0.0},
+        tmp_path / "out",
+        lambda r, n: None,
     )
     value = select(context)
     pack = decode((tmp_path / "out" / "golden-pack.json").read_bytes(), GoldenPack)
@@ -87,6 +102,11 @@ def test_right_answers_come_first_in_the_seeded_order(tmp_path: Path) -> None:
         ("a", "wrong"),
         ("c", "gold"),
     ]
+
+
+def test_the_long_text_comes_last(tmp_path: Path) -> None:
+    pack = chosen(tmp_path, {"a": ("gold", True)}, 1, "A long text.")
+    assert [(p.id, p.answer) for p in pack.prompts] == [("a", "gold"), (TEXT_ID, "A long text.")]
 
 
 def test_enough_right_answers_leave_the_wrong_ones_out(tmp_path: Path) -> None:

@@ -69,6 +69,16 @@ def test_what_was_chosen() -> None:
     assert "quality falls steeply below this size" in said(derived)["chosen"]
 
 
+def test_what_probation_costs_a_device() -> None:
+    """In tokens, and in seconds at a speed that was measured; nothing where it was not."""
+    assert "golden pack" not in said()["chosen"]
+    row = changed(prefill_tps=200.0) | {"golden": {"tokens": 800}}
+    assert (
+        "scores 800 tokens of its golden pack before it commits, 4 s at the 200 tokens/s"
+        in said(row)["chosen"]
+    )
+
+
 def test_what_it_costs() -> None:
     cost = said()["cost"]
     assert "answers 1 in 40 held-out items (2 of 80) differently from the unquantised model" in cost

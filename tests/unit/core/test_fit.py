@@ -15,6 +15,7 @@ from slmops.core.device.fit import (
     ModelShape,
     Serving,
     effective_bandwidth,
+    engine_for,
     fit,
     kv_cache_bytes,
     memory_needed,
@@ -161,3 +162,22 @@ def test_builtin_profiles_are_unlike() -> None:
     assert sorted(profiles, key=lambda p: p.ram_bytes) == sorted(
         profiles, key=lambda p: p.memory_bandwidth_bytes_s
     )
+
+
+@pytest.mark.parametrize(
+    ("runtime", "available", "engine"),
+    [
+        ("llama.cpp", {"llama.cpp"}, "llama.cpp"),
+        ("llama.cpp", {"llama.cpp", "external"}, "external"),
+        ("llama.cpp", {"external"}, "external"),
+        ("litert", {"external", "llama.cpp"}, None),
+        ("litert", {"litert"}, "litert"),
+    ],
+)
+def test_an_owners_own_server_opens_what_llama_cpp_opens(
+    runtime: str, available: set[str], engine: str | None
+) -> None:
+    assert engine_for(runtime, available) == engine
+    facts = replace(FACTS, runtimes=dict.fromkeys(available, "1"))
+    answer = fit(SMOL, DEFAULT, PI5, facts, runtime=runtime, missing_bytes=0)
+    assert any("runtime: needs" in reason for reason in answer.reasons) is (engine is None)

@@ -7,10 +7,13 @@ import math
 import pytest
 
 from slmops.core.evidence.golden import (
+    NO_FLOOR,
+    TRACE_LEAST,
     OwnResult,
     PairedResult,
     PromptExpectation,
     PromptScore,
+    Trace,
     judge_own,
     judge_paired,
     keeps_answers,
@@ -95,4 +98,71 @@ def test_an_engine_without_scores_is_judged_by_its_answers() -> None:
     assert judge_own(unsure, answers(True, True, False, False)).ok
     assert not judge_own(unsure, answers(True, False, True, True)).ok
     kept = keeps_answers(unsure, answers(True, False, False, True))
-    assert kept == {"p1": True, "p2": False, "p3": True, "p4": True}
+    assert kept == {"p1": True, "p2": False}
+
+
+# ---- traces: a long text, token by token
+
+SAID = (-1.0, -3.0, -0.5, -8.0)
+TRACED = [
+    PromptExpectation("text", TOKENS, -3.125, 0.5, NO_FLOOR, Trace("q8_0", SAID, 0.2, 0.4)),
+]
+
+
+def traced(*logprobs: float, kv_cache: str = "q8_0") -> OwnResult:
+    score = PromptScore(TOKENS, sum(logprobs) / max(len(logprobs), 1), logprobs)
+    return judge_own(TRACED, {"text": score}, kv_cache)
+
+
+def test_a_fault_that_leaves_the_mean_alone_is_noticed_in_the_trace() -> None:
+    """One token gains what another loses: the mean is to the digit what it was."""
+    assert traced(*SAID).ok
+    result = traced(-1.5, -2.5, -1.0, -7.5)
+    assert sum((-1.5, -2.5, -1.0, -7.5)) == sum(SAID)
+    assert not result.ok
+    assert "0.500 nats from what this file said when it was built" in result.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("kv_cache", "passes"), [("q8_0", False), ("f16", False), ("bf16", False), ("q5_1", True), ("q4_0", True)]
+)
+def test_another_kv_cache_type_has_a_tolerance_of_its_own(kv_cache: str, passes: bool) -> None:
+    """Types that are as good as the build's share its tolerance."""
+    assert traced(-1.3, -3.3, -0.2, -8.3, kv_cache=kv_cache).ok is passes
+
+
+def test_a_trace_with_other_tokens_or_none_or_nan_fails() -> None:
+    assert not traced(*SAID[:3], kv_cache="q8_0").ok
+    assert not judge_own(TRACED, {"text": PromptScore(TOKENS, -3.125)}, "q8_0").ok
+    assert not traced(-1.0, math.nan, -0.5, -8.0).ok
+
+
+def beginning(*logprobs: float, tokens: str = TOKENS) -> OwnResult:
+    long = Trace("q8_0", (-1.0,) * 40, 0.2, 0.4)
+    expected = [PromptExpectation("text", TOKENS, -1.0, 0.5, NO_FLOOR, long)]
+    return judge_own(expected, {"text": PromptScore(tokens, None, logprobs, cut=True)}, "q8_0")
+
+
+def test_a_text_that_the_context_cuts_off_is_judged_by_its_beginning() -> None:
+    """A blueprint may serve less context than the build had: a good file passes, a damaged one and another tokenizer do not."""
+    assert beginning(*(-1.1,) * 20).ok
+    assert "first 20 tokens are 0.500 nats" in beginning(*(-1.5,) * 20).problems[0]
+    assert not beginning(*(math.nan,) * 20).ok
+    assert beginning(*(-9.0,) * 15).ok
+    assert "tokens differ" in beginning(*(-1.0,) * 20, tokens="b" * 64).problems[0]
+    assert not beginning(*(-1.0,) * 41).ok
+
+
+def test_what_is_beyond_a_traces_range_is_as_it_was() -> None:
+    """A trace tells no less than -15.9: a token that was less likely than that is no fault."""
+    expected = [PromptExpectation("t", TOKENS, -20.0, 9.0, NO_FLOOR, Trace("f16", (TRACE_LEAST,), 0.1, 0.1))]
+    assert judge_own(expected, {"t": PromptScore(TOKENS, -21.0, (-21.0,))}, "f16").ok
+
+
+def test_a_prompt_without_a_floor_has_no_vote_on_a_later_release() -> None:
+    """Else it would dilute the share of answers that a release may lose."""
+    assert keeps_answers([*EXPECTED, *TRACED], scores(-0.5, -0.5, -0.5)) == {
+        "p1": True,
+        "p2": True,
+        "p3": True,
+    }

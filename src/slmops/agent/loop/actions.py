@@ -162,7 +162,7 @@ class Actions:
             resolved.variant.model_shape(),
             fit_serving(resolved.assignment.serving),
             profile_of(self._config.profile, facts),
-            device_facts(facts),
+            device_facts(facts, resolved.variant.runtime.name),
             runtime=resolved.variant.runtime.name,
             missing_bytes=missing + DISK_MARGIN_BYTES if missing else 0,
             running_bytes=self._running_bytes(),
@@ -309,6 +309,7 @@ class Actions:
             load_s=result.load_s or 0.0,
             rss_bytes=result.peak_rss_bytes,
             measured_at=self._clock.now().isoformat(timespec="seconds"),
+            runtime=candidate.slot.runtime,
         )
         await asyncio.to_thread(write_atomic, self._layout.bench, msgspec.json.encode(bench))
         log.info("bench: %.1f decode tokens/s in %.1f s", result.decode_tps, time.perf_counter() - began)

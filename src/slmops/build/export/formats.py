@@ -104,21 +104,19 @@ FORMATS: tuple[Format, ...] = (
     _litert("litert-lm", "int8", INT8, "dynamic_wi8_afp32"),
     _litert("litert", "fp32", EXACT, "none"),
     _litert("litert", "int8", INT8, "dynamic_wi8_afp32"),
-    Format("executorch", "fp32", "executorch", "executorch", "model.pte", "pte", EXACT, slow=True),
+    Format("executorch", "fp32", "executorch", "pte", "model.pte", "pte", EXACT, slow=True),
     Format(
         "executorch",
         "8da4w",
         "executorch",
-        "executorch",
+        "pte",
         "model.pte",
         "pte",
         INT4,
         {"quantise": "8da4w", "group_size": 32, "embedding_bits": 8},
         slow=True,
     ),
-    Format(
-        "pytorch-mobile", "fp32", "executorch", "mobile", "model.ptl", "ptl", EXACT, served=False, slow=True
-    ),
+    Format("pytorch-mobile", "fp32", "executorch", "ptl", "model.ptl", "ptl", EXACT, served=False, slow=True),
 )
 
 #: (runtime, precision) -> why it is refused; measured, and measured again with every new lock

@@ -135,11 +135,12 @@ class ToolProcess:
             raise self._died() from error
         return self.result()
 
-    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """Logits at every position, shape (n, vocabulary)."""
+    def logits(self, token_ids: Sequence[int], first: int = 0) -> NDArray[np.float32]:
+        """Logits at every position from ``first`` on, shape (n - first, vocabulary)."""
         path = Path(self._scratch.name) / "logits.bin"
-        shape = self.ask(op="logits", token_ids=list(token_ids), file=str(path))
-        return np.fromfile(path, dtype=np.float32).reshape(shape)
+        shape = self.ask(op="logits", token_ids=list(token_ids), first=first, file=str(path))
+        rows: NDArray[np.float32] = np.fromfile(path, dtype=np.float32).reshape(shape)
+        return rows
 
     def tail(self) -> str:
         """The end of the log."""

@@ -36,10 +36,12 @@ USES = (
     "slmops.build.gguf_file",
     "slmops.build.hf.tokenizer",
     "slmops.build.hf.write",
-    f"{_TOOLS}.executorch",
+    f"{_TOOLS}.pte",
     f"{_TOOLS}.genai",
     f"{_TOOLS}.litert",
-    f"{_TOOLS}.mobile",
+    f"{_TOOLS}.ptl",
+    f"{_TOOLS}.stepwise",
+    f"{_TOOLS}.tokenizer_file",
     f"{_TOOLS}.tool_protocol",
 )
 EXPORT_LIMIT_S, SLOW_EXPORT_LIMIT_S = 1800.0, 4 * 3600.0
@@ -156,7 +158,7 @@ def export(context: StepContext) -> dict[str, Any]:
 
 def _described(out: Path, model: str, kind: str) -> dict[str, dict[str, Any]]:
     """Size, digest and format of each file of the variant; its chunk map is written beside it."""
-    files = {}
+    files: dict[str, dict[str, Any]] = {}
     for path in sorted(out.glob(f"{ROLE}*")):
         name = path.name.removeprefix(ROLE)
         files[name] = {

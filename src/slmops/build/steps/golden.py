@@ -52,9 +52,11 @@ from slmops.build.faults import faulty_copy
 from slmops.build.files import sha256_of_file
 from slmops.build.golden_choice import choose, pulls, vocabulary_parts
 from slmops.build.graph import StepContext
+from slmops.build.steps.golden_trace import TEXT_ID, moved, text_prompt, trace_of
 from slmops.build.steps.memory import serving_of_step
 from slmops.core.device.fit import Serving
 from slmops.core.errors import BuildError, DeviceError, UsageError
+from slmops.core.evidence.golden import NO_FLOOR
 from slmops.runtimes import Engine, EngineSpec, open_engine
 from slmops.runtimes.llama_cpp.scorer import Scorer
 
@@ -65,6 +67,7 @@ USES = (
     "slmops.build.fault_catalogue",
     "slmops.build.gguf_file",
     "slmops.build.golden_choice",
+    "slmops.build.steps.golden_trace",
     "slmops.build.steps.memory",
     "slmops.runtimes.llama_cpp.native",
     "slmops.runtimes.llama_cpp.quantise",
@@ -75,8 +78,6 @@ SCHEMA = 1
 BASE_TOLERANCE = 0.05
 #: a later release may find an answer's tokens this much less likely, nats a token
 FLOOR_SLACK = 0.35
-#: of an answer that a later release need not keep
-NO_FLOOR = -1000.0
 _LONGEST_ANSWER_CHARACTERS = 400
 
 
@@ -84,9 +85,10 @@ def select(context: StepContext) -> dict[str, Any]:
     """Choose the prompts.
 
     Files in: ``eval``, ``answers`` (of the reference), ``reference`` and ``variant`` (models; without them the first candidates
-    are taken); out: ``golden-pack.json``. Params: ``count``, ``max_drop_ratio``, ``candidates`` (how many are scored),
-    ``serving``. Value: ``prompts``, ``right``; ``unsure``: prompts whose answer a later release need not keep; and ``noticed``:
-    for each probe the largest pull in the pack (beyond 1 it is noticed).
+    are taken); maybe the value ``text`` (of :func:`slmops.build.steps.golden_trace.cut`); out: ``golden-pack.json``. Params:
+    ``count``, ``max_drop_ratio``, ``candidates`` (how many are scored), ``serving``. Value: ``prompts``, ``right``; ``unsure``:
+    prompts whose answer a later release need not keep; and ``noticed``: for each probe the largest pull in the pack (beyond 1
+    it is noticed).
     """
     items = {item.id: item for item in read_items(context.files["eval"])}
     said = {
@@ -107,13 +109,16 @@ def select(context: StepContext) -> dict[str, Any]:
         chosen, noticed = _most_telling(context, prompts, count, wrong)
     else:
         chosen = ranked[:count]
-    pack = GoldenPack(
-        SCHEMA, tuple(_prompt(items[i], answers[i]) for i in chosen), float(context.params["max_drop_ratio"])
-    )
-    (context.out / "golden-pack.json").write_bytes(encode(pack))
     right = sum(exact[i] for i in chosen)
     unsure = [i for i in chosen if not exact[i]] if noticed and 2 * right >= len(chosen) else []
-    return {"prompts": len(chosen), "right": right, "unsure": unsure, "noticed": noticed}
+    made = [_prompt(items[i], answers[i]) for i in chosen]
+    text = context.values.get("text", {}).get("text", "")
+    if text and TEXT_ID not in chosen:
+        made.append(text_prompt(text))
+        unsure.append(TEXT_ID)
+    pack = GoldenPack(SCHEMA, tuple(made), float(context.params["max_drop_ratio"]))
+    (context.out / "golden-pack.json").write_bytes(encode(pack))
+    return {"prompts": len(made), "right": right, "unsure": unsure, "noticed": noticed}
 
 
 def candidates_of(
@@ -201,24 +206,38 @@ def _logprobs(spec: EngineSpec, rendered: Mapping[str, tuple[list[int], int]]) -
 
 
 def score(context: StepContext) -> dict[str, Any]:
-    """Score a pack with a model as a device does. Files in: ``model``, ``pack``. Params: ``serving``.
+    """Score a pack with a model as a device does. Files in: ``model``, ``pack``. Params: ``serving``, maybe ``trace``.
 
     Values in: maybe ``choice`` (how the variant is served).
 
-    Value: per prompt id ``tokens_sha256`` and ``mean_logprob``; and the model's digest.
+    Value: per prompt id ``tokens_sha256`` and ``mean_logprob``, and with ``trace`` of the long text also ``logprobs``,
+    ``kv_cache`` and ``moved`` (see :mod:`slmops.build.steps.golden_trace`); ``tokens``: what a device computes for the pack;
+    and the model's digest.
     """
     pack = decode(context.files["pack"].read_bytes(), GoldenPack)
     serving = serving_of_step(context)
-    scores = asyncio.run(_score(context.files["model"], pack, serving))
-    return {"scores": scores, "model_sha256": sha256_of_file(context.files["model"])}
+    path = context.files["model"]
+    scores, rendered, said = asyncio.run(_score(path, pack, serving))
+    if context.params.get("trace") and TEXT_ID in scores:
+        context.progress(0.5, "how far the file is from itself with other arithmetic")
+        scores[TEXT_ID] |= {
+            "kv_cache": serving.kv_cache,
+            "logprobs": said[TEXT_ID],
+            "moved": moved(path, *rendered[TEXT_ID], said[TEXT_ID], serving),
+        }
+    return {
+        "scores": scores,
+        "tokens": sum(len(token_ids) for token_ids, _ in rendered.values()),
+        "model_sha256": sha256_of_file(path),
+    }
 
 
 def expect(context: StepContext) -> dict[str, Any]:
     """Write a variant's expectations.
 
     Files in: ``pack``. Values in: ``chosen`` (of :func:`select`), ``reference``, ``own``, ``variant-...`` (all scores of the
-    release). Out:
-    ``golden-expectations.json``. Value: distances and floors.
+    release). Out: ``golden-expectations.json``. Value: distances and floors; ``tokens``: what a device computes for the pack;
+    ``moved``: what other arithmetic does to the long text.
     """
     pack_bytes = context.files["pack"].read_bytes()
     reference, own = context.values["reference"], context.values["own"]
@@ -240,6 +259,8 @@ def expect(context: StepContext) -> dict[str, Any]:
     return {
         "mean_distance": sum(distances.values()) / len(distances),
         "max_distance": max(distances.values()),
+        "tokens": own["tokens"],
+        "moved": own["scores"].get(TEXT_ID, {}).get("moved"),
         "floors": {e.id: e.floor for e in expectations},
         "reference": {e.id: e.reference_logprob for e in expectations},
     }
@@ -257,13 +278,15 @@ def expectations_of(
         reference: prompt id to ``tokens_sha256`` and ``mean_logprob`` under the unquantised model.
         own: the same under the variant.
         everyone: the same under the reference and every variant of the release.
-        unsure: prompts whose answers a later release need not keep.
+        unsure: prompts whose answers a later release need not keep. (The long text is one of them, and its distance is no measure
+            of what answers may lose.)
 
     Raises:
         BuildError: the variant tokenises a prompt unlike the reference.
     """
     distance = {i: abs(own[i]["mean_logprob"] - reference[i]["mean_logprob"]) for i in reference}
-    mean = sum(distance.values()) / len(distance)
+    answers = [value for name, value in distance.items() if name != TEXT_ID]
+    mean = sum(answers) / max(len(answers), 1)
     result = []
     for name, scored in reference.items():
         if own[name]["tokens_sha256"] != scored["tokens_sha256"]:
@@ -279,23 +302,31 @@ def expectations_of(
                 reference_logprob=round(scored["mean_logprob"], 6),
                 tolerance=round(BASE_TOLERANCE + 2 * max(distance[name], mean), 6),
                 floor=NO_FLOOR if name in unsure else round(worst - FLOOR_SLACK, 6),
+                trace=trace_of(own[name]),
             )
         )
     return result
 
 
-async def _score(path: Path, pack: GoldenPack, serving: Serving) -> dict[str, dict[str, Any]]:
-    """As ``agent/golden.py`` does it on a device: the same calls in the same order."""
+async def _score(
+    path: Path, pack: GoldenPack, serving: Serving
+) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[list[int], int]], dict[str, list[float]]]:
+    """As ``agent/golden.py`` does it on a device: the same calls in the same order.
+
+    Also each prompt's token ids with the answer's start, and the answer's log-probabilities.
+    """
     scores: dict[str, dict[str, Any]] = {}
+    rendered, said = {}, {}
     async with open_engine(_spec(path, serving)) as engine:
         for prompt in pack.prompts:
-            tokens, start = await tokens_of(engine, prompt)
+            tokens, start = rendered[prompt.id] = await tokens_of(engine, prompt)
             result = await engine.score(tokens, start=start)
             scores[prompt.id] = {
                 "tokens_sha256": golden_tokens_digest(tokens),
                 "mean_logprob": -result.mean_nll,
             }
-    return scores
+            said[prompt.id] = list(result.logprobs)
+    return scores, rendered, said
 
 
 async def tokens_of(engine: Engine, prompt: GoldenPrompt) -> tuple[list[int], int]:

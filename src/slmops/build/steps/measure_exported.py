@@ -42,10 +42,12 @@ USES = (
     "slmops.build.steps.speed",
     "slmops.runtimes.logit_source",
     "slmops.runtimes.registry",
-    f"{_TOOLS}.executorch",
+    f"{_TOOLS}.pte",
     f"{_TOOLS}.genai",
     f"{_TOOLS}.litert",
-    f"{_TOOLS}.mobile",
+    f"{_TOOLS}.ptl",
+    f"{_TOOLS}.stepwise",
+    f"{_TOOLS}.tokenizer_file",
     f"{_TOOLS}.tool_protocol",
 )
 PORT, TOOLCHAIN = "port", "toolchain"
@@ -66,7 +68,7 @@ def likelihood(context: StepContext) -> dict[str, Any]:
         with session(context, variant) as (tool, _):
             for number, sequence in enumerate(sequences):
                 token_ids, start = sequence["token_ids"], sequence["start"]
-                rows = log_softmax(tool.logits(token_ids)[start - 1 : -1])
+                rows = log_softmax(tool.logits(token_ids, start - 1)[:-1])
                 here = slice(at, at + len(rows))
                 at += len(rows)
                 tail = Tail(ids[here, width:], logprobs[here, width:], mass[here])
@@ -130,7 +132,7 @@ def golden_scores(context: StepContext) -> dict[str, Any]:
         scores = {}
         with session(context, variant) as (tool, _):
             for name, (token_ids, start) in tokens.items():
-                rows = log_softmax(tool.logits(token_ids)[start - 1 : -1])
+                rows = log_softmax(tool.logits(token_ids, start - 1)[:-1])
                 mean = float(rows[np.arange(len(rows)), np.array(token_ids[start:])].mean())
                 scores[name] = {"tokens_sha256": golden_tokens_digest(token_ids), "mean_logprob": mean}
         return {"scores": scores, "model_sha256": variant.sha256}

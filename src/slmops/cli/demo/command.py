@@ -10,6 +10,7 @@ import click
 import msgspec
 
 import slmops
+from slmops.cli.demo.fleets import fleet_for
 from slmops.cli.demo.scenario import DemoOptions, Scenario
 from slmops.cli.output import print_json
 from slmops.core.errors import NotFoundError, UsageError
@@ -49,8 +50,16 @@ def find_project() -> Path:
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="The example project.  [default: examples/home-intents]",
 )
+@click.option(
+    "--runtimes",
+    default="",
+    metavar="all|NAME,NAME",
+    help="Instead of six llama.cpp devices one for each runtime: llama.cpp, external, onnxruntime-genai, litert-lm, executorch.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def demo(fast: bool, out: Path | None, work: Path, project: Path | None, as_json: bool) -> None:
+def demo(
+    fast: bool, out: Path | None, work: Path, project: Path | None, runtimes: str, as_json: bool
+) -> None:
     """The main job, end to end, on this machine.
 
     Builds three variants, signs them, rolls them out to six real agent processes in waves, and shows how a bad release
@@ -60,12 +69,13 @@ def demo(fast: bool, out: Path | None, work: Path, project: Path | None, as_json
     Examples:
       slmops demo
       slmops demo --fast --out summary.json
+      slmops demo --fast --runtimes onnxruntime-genai,external
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _as_interrupt)
     if out is not None and not out.parent.is_dir():
         raise UsageError(f"--out {out}: {out.parent} is no folder", hint="make it first, or write elsewhere")
-    scenario = Scenario(DemoOptions(project or find_project(), work.resolve(), fast))
+    scenario = Scenario(DemoOptions(project or find_project(), work.resolve(), fast, fleet_for(runtimes)))
     try:
         summary = scenario.run()
         if out is not None:

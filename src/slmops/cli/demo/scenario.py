@@ -21,6 +21,7 @@ import httpx
 from slmops.build import describe, load_build, run_build
 from slmops.cli.build.steps import show_steps
 from slmops.cli.build.tables import print_variants
+from slmops.cli.demo.fleets import USUAL, DemoFleet, Member, find_environments, write_external_config
 from slmops.cli.demo.load import LoadClient, eval_commands
 from slmops.cli.demo.outcome import print_summary, summary_of, unexpected
 from slmops.cli.local_fleet.asking import ask
@@ -28,17 +29,9 @@ from slmops.cli.local_fleet.fleet import LocalDevice, LocalFleet
 from slmops.cli.output import Progress, megabytes, percent
 from slmops.cli.rollout.printing import print_rollout
 from slmops.client.records import RolloutDetail
+from slmops.core.device.fit import EXTERNAL
 from slmops.core.errors import BugError, BusyError, GateError, NotFoundError
 
-FLEET = (
-    ("zero-1", "pi-zero2-512mb"),
-    ("zero-2", "pi-zero2-512mb"),
-    ("pi5-1", "pi5-8gb"),
-    ("pi5-2", "pi5-8gb"),
-    ("n100-1", "n100-16gb"),
-    ("n100-2", "n100-16gb"),
-)
-CANARY = "pi5-1"
 GOOD, BAD = "1.0.0", "1.0.1"
 _ROLLOUT_TIMEOUT_S = 420.0
 #: where the control plane listens unless somebody has it: the commands' default, so that they work without --server
@@ -52,6 +45,7 @@ class DemoOptions:
     project: Path
     work: Path
     fast: bool
+    fleet: DemoFleet = USUAL
 
 
 @dataclass
@@ -82,15 +76,19 @@ class Scenario:
 
     def run(self) -> dict[str, Any]:
         """Do the whole job; returns the summary."""
+        if self.options.fleet is not USUAL:
+            find_environments(
+                self.options.fleet.members, self.options.project.resolve().parents[1], self.options.work
+            )
         self._say("1 · model and task")
         self._make_dataset()
         self._say("2 · build: one variant for each profile, measured as shipped")
-        good = self._build("recipe.yaml", "good")
+        good = self._build(self.options.fleet.recipe, "good", self.options.fleet.targets)
         self._show_build(good)
         self._say("3 · release: signed with offline keys")
         self._make_keys()
         good_bundle = self._release(good, GOOD, {})
-        self._say("4 · control plane and six devices")
+        self._say(f"4 · control plane and {len(self.options.fleet.members)} devices")
         self._start_server()
         self._publish(good_bundle)
         self._start_devices()
@@ -98,7 +96,7 @@ class Scenario:
         first = self._roll_out(GOOD)
         self._ask_one_device()
         self._say(f"6 · a bad release ({BAD}): signed, loads fine, answers garbage")
-        bad = self._build("bad-recipe.yaml", "bad")
+        bad = self._build("bad-recipe.yaml", "bad", None)
         bad_bundle = self._release(bad, BAD, self._waivers_for(bad))
         self._publish(bad_bundle)
         self._start_load()
@@ -121,14 +119,14 @@ class Scenario:
         )
         click.echo(f"home-assistant-intents: commands to JSON, split by template ({data})")
 
-    def _build(self, recipe: str, name: str) -> Path:
+    def _build(self, recipe: str, name: str, targets: tuple[str, ...] | None) -> Path:
         folder = self.options.work / "build" / name
         cache = self.options.work / "cache"
         result = run_build(
             self.options.project / recipe,
             folder,
             cache_dir=cache,
-            targets=None,
+            targets=targets,
             fast=self.options.fast,
             progress=show_steps(Progress()),
             workers=2,
@@ -148,10 +146,10 @@ class Scenario:
         for gate in described["gates"]:
             click.echo(f"  {gate['verdict']:<12} {gate.get('profile', '')} {gate['gate']}: {gate['reason']}")
         again = run_build(
-            self.options.project / "recipe.yaml",
+            self.options.project / self.options.fleet.recipe,
             folder,
             cache_dir=self.options.work / "cache",
-            targets=None,
+            targets=self.options.fleet.targets,
             fast=self.options.fast,
             progress=lambda event: None,
             workers=2,
@@ -197,25 +195,37 @@ class Scenario:
         click.echo(f"published: {report.blobs_sent} blobs, {megabytes(report.bytes_sent)} sent")
 
     def _start_devices(self) -> None:
+        members, canary = self.options.fleet.members, self.options.fleet.canary
         # an engine of these devices computes with one thread: the default of one core
         self._fleet.start_devices(
             [
                 LocalDevice(
-                    name,
-                    profile,
+                    member.name,
+                    member.profile,
                     {"site": "hki" if index % 2 else "tre"}
-                    | ({"canary": "always"} if name == CANARY else {}),
+                    | ({"canary": "always"} if member.name == canary else {}),
+                    options=self._engine_options(member),
                 )
-                for index, (name, profile) in enumerate(FLEET)
+                for index, member in enumerate(members)
             ]
         )
-        click.echo(f"{len(FLEET)} agents enrolled with one-time tokens and running; canary: {CANARY}")
+        click.echo(f"{len(members)} agents enrolled with one-time tokens and running; canary: {canary}")
+
+    def _engine_options(self, member: Member) -> list[str]:
+        """Hold a device to its engine; the owner's own server needs to be told how it is started."""
+        if not member.runtime:
+            return []
+        options = ["--runtime", member.runtime]
+        if member.runtime == EXTERNAL:
+            root = self.options.project.resolve().parents[1]
+            options += ["--external", str(write_external_config(root, self._run / "external.json"))]
+        return options
 
     # ---- rollouts ----------------------------------------------------------------------------------------------------
 
     def _roll_out(self, version: str) -> RolloutDetail:
         text = (
-            (self.options.project / "blueprint.yaml")
+            (self.options.project / self.options.fleet.blueprint)
             .read_text(encoding="utf-8")
             .replace(f"version: {GOOD}", f"version: {version}")
         )
@@ -223,7 +233,8 @@ class Scenario:
         for choice in applied.plan.choices:
             if version == GOOD:
                 click.echo(
-                    f"  {choice.device_id}: variant {choice.variant}, {megabytes(choice.artifact_bytes)}, "
+                    f"  {choice.device_id}: variant {choice.variant}{self._engine_of(choice.device_id)}, "
+                    f"{megabytes(choice.artifact_bytes)}, "
                     f"{megabytes(choice.memory_bytes)} of memory"
                 )
         found = self._fleet.follow(
@@ -233,6 +244,11 @@ class Scenario:
         if version == GOOD:
             self._say_limits()
         return found
+
+    def _engine_of(self, device: str) -> str:
+        """`` on ENGINE``, for a device that is held to one."""
+        runtime = next(m.runtime for m in self.options.fleet.members if m.name == device)
+        return f" on {runtime}" if runtime else ""
 
     def _say_limits(self) -> None:
         """Whether memory and CPU limits are really enforced here, in the runtime's own words."""
@@ -249,17 +265,19 @@ class Scenario:
             for command, gold in eval_commands(self.options.project / "data" / "eval.jsonl")
             if len(command) < 60 and '"slots":{}' not in gold
         )
-        with httpx.Client(base_url=self._fleet.urls[CANARY], timeout=120.0, trust_env=False) as client:
+        with httpx.Client(
+            base_url=self._fleet.urls[self.options.fleet.canary], timeout=120.0, trust_env=False
+        ) as client:
             answer, release = ask(client, "home-intents", command, stream=True)
         click.echo(
-            f"asked {CANARY}: {command!r}\n   answer: {answer}\n   expected: {gold}\n   by release: {release}"
+            f"asked {self.options.fleet.canary}: {command!r}\n   answer: {answer}\n   expected: {gold}\n   by release: {release}"
         )
 
     def _start_load(self) -> None:
         commands = [command for command, _ in eval_commands(self.options.project / "data" / "eval.jsonl")]
         self._load = LoadClient(self._fleet.urls, "home-intents", commands)
         self._load.start()
-        click.echo("a client now asks all six devices, all the time")
+        click.echo("a client now asks all devices, all the time")
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 
@@ -281,7 +299,7 @@ class Scenario:
         Raises:
             GateError: names what went otherwise.
         """
-        problems = unexpected(self.summary, len(FLEET), GOOD)
+        problems = unexpected(self.summary, len(self.options.fleet.members), GOOD)
         if problems:
             raise GateError(
                 "the demo did not end as it must: " + "; ".join(problems),
@@ -292,7 +310,7 @@ class Scenario:
         """Keep everything running until Ctrl-C."""
         click.echo(
             f"\nThe fleet stays up until Ctrl-C.\n  dashboard: {self._fleet.server_url} (token: {self._fleet.token_file})\n"
-            f"  model:     {self._fleet.urls[CANARY]}"
+            f"  model:     {self._fleet.urls[self.options.fleet.canary]}"
         )
         try:
             while True:

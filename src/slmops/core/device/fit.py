@@ -16,6 +16,7 @@ differ where their facts differ. Memory follows llama.cpp's own allocation, with
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,6 +73,8 @@ RUNTIME_MEMORY: dict[str, RuntimeMemory] = {
     "executorch": RuntimeMemory(225 * (1 << 20), 1.27, "f32", max_parallel=1),
 }
 
+#: The runtime of the owner's own server.
+EXTERNAL = "external"
 #: Share of a profile's memory bandwidth that decode reaches in practice on CPUs; a bench replaces it.
 BANDWIDTH_EFFICIENCY = 0.6
 #: Activation tensors of one layer that are alive together, in units of the wider of hidden and FFN width.
@@ -170,6 +173,20 @@ class Fit:
         return not self.reasons
 
 
+def engine_for(runtime: str, available: Collection[str]) -> str | None:
+    """The engine that serves a variant here, or None.
+
+    A server of the owner's own opens the same GGUF files as llama.cpp, and comes first where there is one: somebody set it
+    up for this very device.
+
+    Args:
+        runtime: that the variant was built for.
+        available: engines of the device, by name.
+    """
+    wanted = (EXTERNAL, runtime) if runtime == "llama.cpp" else (runtime,)
+    return next((name for name in wanted if name in available), None)
+
+
 def kv_cache_bytes(shape: ModelShape, serving: Serving, runtime: str = "llama.cpp") -> int:
     """Bytes of the KV cache of all conversations."""
     how = RUNTIME_MEMORY.get(runtime, _LLAMA_CPP)
@@ -235,16 +252,17 @@ def fit(  # noqa: PLR0913 - each argument is one independent fact of the questio
         serving: settings it would be served with.
         profile: the device's profile.
         facts: what the device reports now.
-        runtime: engine that the variant needs.
+        runtime: engine that the variant was built for; see :func:`engine_for`.
         missing_bytes: bytes that are not on the device's disk yet.
         running_bytes: memory of the engine that serves now; with room for both the swap is blue/green.
         min_decode_tps: slowest acceptable decode, tokens per second.
     """
-    memory = memory_needed(shape, serving, runtime)
+    engine = engine_for(runtime, facts.runtimes) or runtime
+    memory = memory_needed(shape, serving, engine)
     bandwidth = effective_bandwidth(facts.speed, profile)
-    tps = predict_decode_tps(shape, serving, bandwidth, runtime)
+    tps = predict_decode_tps(shape, serving, bandwidth, engine)
     reasons: list[str] = []
-    if runtime not in facts.runtimes:
+    if engine not in facts.runtimes:
         reasons.append(
             f"runtime: needs {runtime}, the device has {', '.join(sorted(facts.runtimes)) or 'none'}"
         )

@@ -397,7 +397,8 @@ class Evaluation(Section):
         base_items: how many of them the untouched base answers, for "before" (0: none).
         golden_prompts: prompts in the golden pack; ``golden_max_drop``: share of them that a later release
             may lose. ``golden_candidates``: how many are tried on faulty models to find those that notice most; as many as
-            ``golden_prompts``, or fewer: none are tried.
+            ``golden_prompts``, or fewer: none are tried. ``golden_text_tokens``: length at most of a text of many scripts that a
+            device scores token by token, besides: it notices what short answers do not; 0: none.
         bench_repeats: repeats of the speed measurement.
         seed: order of the evaluation set.
         warnings: when early warnings turn amber and red.
@@ -410,6 +411,7 @@ class Evaluation(Section):
     golden_prompts: int = Field(default=8, ge=1, le=64)
     golden_max_drop: Ratio = Field(default=0.0, ge=0, lt=1)
     golden_candidates: int = Field(default=0, ge=0, le=256)
+    golden_text_tokens: int = Field(default=384, ge=0, le=4096)
     bench_repeats: int = Field(default=3, ge=1)
     seed: int = 7
     warnings: WarningLights = WarningLights()

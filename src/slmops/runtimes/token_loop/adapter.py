@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from pathlib import Path
 from typing import ClassVar
 
 from slmops.core.errors import UsageError
+from slmops.runtimes import environments
 from slmops.runtimes import limits as engine_limits
 from slmops.runtimes.ports import Capabilities, EngineLimits, EngineSpec
 from slmops.runtimes.process import EngineProcess
@@ -47,10 +47,11 @@ class TokenLoopRuntime:
     environment: ClassVar[dict[str, str]] = {}
 
     def version(self) -> str:
-        """Version of the binding."""
-        for other in _COMMON:
-            metadata.version(other)
-        return metadata.version(self.distribution)
+        """Version of the binding, wherever it is installed."""
+        return self._place().version
+
+    def _place(self) -> environments.Place:
+        return environments.find(self.name, (self.distribution, *_COMMON))
 
     async def start(
         self, spec: EngineSpec, workdir: Path, limits: EngineLimits | None = None
@@ -59,9 +60,15 @@ class TokenLoopRuntime:
         self._check(spec)
         applied = engine_limits.prepare(limits)
         environment = _ENVIRONMENT | self.environment | {"OMP_NUM_THREADS": str(spec.threads)}
-        extra = {"runtime_version": self.version()}
+        place = self._place()
         return EngineProcess.spawn(
-            self.child_module, spec, workdir, applied, environment=environment, extra=extra
+            self.child_module,
+            spec,
+            workdir,
+            applied,
+            environment=environment,
+            extra={"runtime_version": place.version},
+            python=place.python,
         )
 
     def _check(self, spec: EngineSpec) -> None:

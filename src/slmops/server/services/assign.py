@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from slmops.artifact.manifest import NamedBlob, Variant, assignment_digest
-from slmops.core.device.fit import Fit, fit, memory_needed
+from slmops.core.device.fit import Fit, engine_for, fit, memory_needed
 from slmops.core.device.profile import BUILTIN_PROFILES, DeviceFacts, DeviceProfile, MeasuredSpeed
 from slmops.core.errors import NotFoundError
 from slmops.protocol.documents.blueprint import Blueprint, Serving
@@ -47,11 +47,11 @@ class Choice:
         return "; ".join(f"{refusal.profile}: {', '.join(refusal.reasons)}" for refusal in self.refused)
 
 
-def device_facts(facts: Facts) -> DeviceFacts:
-    """Facts as the fit wants them."""
+def device_facts(facts: Facts, runtime: str) -> DeviceFacts:
+    """Facts as the fit of a variant of this runtime wants them."""
     bench = facts.bench
     speed = None
-    if bench is not None:
+    if bench is not None and bench.speaks_of(engine_for(runtime, facts.runtimes) or runtime):
         speed = MeasuredSpeed(bench.weights_bytes, bench.decode_tps, bench.prefill_tps, bench.parameters)
     return DeviceFacts(facts.ram_limit_bytes, facts.disk_free_bytes, facts.runtimes, facts.cores, speed)
 
@@ -129,7 +129,7 @@ def fit_on(
         candidate.variant.model_shape(),
         settings,
         profile,
-        device_facts(device.facts),
+        device_facts(device.facts, candidate.variant.runtime.name),
         runtime=candidate.variant.runtime.name,
         missing_bytes=missing,
         running_bytes=memory_needed(running.model_shape(), settings, running.runtime.name).total_bytes

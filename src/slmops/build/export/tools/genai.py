@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizer_file import TokenizerFile
 from tool_protocol import serve
 
 
@@ -43,15 +44,16 @@ def _settle(path: Path, request: dict[str, Any]) -> None:
     path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-class GenaiModel:
+class GenaiModel(TokenizerFile):
     """An exported folder in onnxruntime-genai."""
 
     def __init__(self, folder: str) -> None:
         import onnxruntime_genai as og
 
+        super().__init__(folder)
         self._og = og
         self._model = og.Model(folder)
-        self._tokenizer = og.Tokenizer(self._model)
+        self._own = og.Tokenizer(self._model)
         config = json.loads((Path(folder) / "genai_config.json").read_text(encoding="utf-8"))["model"]
         ends = config["eos_token_id"]
         self._ends = set(ends if isinstance(ends, list) else [ends])
@@ -61,45 +63,46 @@ class GenaiModel:
         from importlib.metadata import version
 
         return {
-            "bos": int(self._tokenizer.bos_token_id),
-            "eos": [int(token) for token in self._tokenizer.eos_token_ids],
+            "bos": int(self._own.bos_token_id),
+            "eos": [int(token) for token in self._own.eos_token_ids],
             "runtime_version": version("onnxruntime-genai"),
         }
 
-    def tokenize(self, text: str) -> list[int]:
+    def own_tokenize(self, text: str) -> list[int]:
         """See :class:`tool_protocol.ExportedModel`."""
-        return [int(token) for token in self._tokenizer.encode(text)] if text else []
+        return [int(token) for token in self._own.encode(text)] if text else []
 
     def render(self, messages: list[dict[str, str]]) -> str:
         """See :class:`tool_protocol.ExportedModel`."""
-        return str(self._tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True))
+        return str(self._own.apply_chat_template(json.dumps(messages), add_generation_prompt=True))
 
-    def logits(self, token_ids: Sequence[int]) -> Any:
+    def logits(self, token_ids: Sequence[int], first: int) -> Any:
         """See :class:`tool_protocol.ExportedModel`."""
         import numpy as np
 
         generator = self._generator(len(token_ids) + 1)
         generator.append_tokens(np.array(token_ids, dtype=np.int32))
-        return np.array(generator.get_output("logits"), dtype=np.float32)[0]
+        return np.array(generator.get_output("logits"), dtype=np.float32)[0, first:]
 
-    def generate(self, token_ids: Sequence[int], max_tokens: int) -> list[int]:
+    def generate(self, token_ids: Sequence[int], max_tokens: int, *, stop: bool) -> list[int]:
         """See :class:`tool_protocol.ExportedModel`."""
         import numpy as np
 
-        generator = self._generator(len(token_ids) + max_tokens)
+        length = len(token_ids) + max_tokens
+        generator = self._generator(length, 0 if stop else length)
         generator.append_tokens(np.array(token_ids, dtype=np.int32))
         made: list[int] = []
         while len(made) < max_tokens and not generator.is_done():
             generator.generate_next_token()
             token = int(generator.get_next_tokens()[0])
-            if token in self._ends:
+            if stop and token in self._ends:
                 break
             made.append(token)
         return made
 
-    def _generator(self, max_length: int) -> Any:
+    def _generator(self, max_length: int, min_length: int = 0) -> Any:
         params = self._og.GeneratorParams(self._model)
-        params.set_search_options(do_sample=False, max_length=max_length)
+        params.set_search_options(do_sample=False, max_length=max_length, min_length=min_length)
         return self._og.Generator(self._model, params)
 
 

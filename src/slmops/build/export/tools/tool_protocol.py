@@ -32,19 +32,23 @@ class ExportedModel(Protocol):
         ...
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids by the tokenizer that the binding reads from the export."""
+        """Ids by the tokenizer that serves: slmops' reader of ``tokenizer.json``, or the engine's where that is built in."""
+        ...
+
+    def own_tokenize(self, text: str) -> list[int]:
+        """Ids by the engine's own tokenizer, where it has one that slmops does not serve with."""
         ...
 
     def render(self, messages: list[dict[str, str]]) -> str:
         """A conversation by the template that the binding reads from the export, the answer begun."""
         ...
 
-    def logits(self, token_ids: Sequence[int]) -> Any:
-        """Logits at every position, float32, shape (n, vocabulary)."""
+    def logits(self, token_ids: Sequence[int], first: int) -> Any:
+        """Logits at every position from ``first`` on, float32, shape (n - first, vocabulary)."""
         ...
 
-    def generate(self, token_ids: Sequence[int], max_tokens: int) -> list[int]:
-        """Greedy continuation, token by token through the KV cache, up to a stop token (left out)."""
+    def generate(self, token_ids: Sequence[int], max_tokens: int, *, stop: bool) -> list[int]:
+        """Greedy continuation, token by token through the KV cache; with ``stop`` up to a stop token (left out)."""
         ...
 
 
@@ -87,15 +91,16 @@ def serve(
 def _answer(model: ExportedModel, asked: dict[str, Any]) -> Any:
     op = asked["op"]
     if op == "tokenize":
-        return [model.tokenize(text) for text in asked["texts"]]
+        tokenize = model.own_tokenize if asked.get("own") else model.tokenize
+        return [tokenize(text) for text in asked["texts"]]
     if op == "render":
         return [model.render(messages) for messages in asked["conversations"]]
     if op == "generate":
-        return [model.generate(ids, asked["max_tokens"]) for ids in asked["prompts"]]
+        return [model.generate(ids, asked["max_tokens"], stop=True) for ids in asked["prompts"]]
     if op == "logits":
         import numpy as np  # the binding has it; the protocol alone does not need it
 
-        rows = np.ascontiguousarray(model.logits(asked["token_ids"]), dtype=np.float32)
+        rows = np.ascontiguousarray(model.logits(asked["token_ids"], asked["first"]), dtype=np.float32)
         rows.tofile(asked["file"])
         return list(rows.shape)
     if op == "bench":
@@ -110,10 +115,10 @@ def _bench(model: ExportedModel, asked: dict[str, Any]) -> dict[str, Any]:
     for number in range(asked["repeats"]):
         prompt = [(7 * i + 13 * number) % 200 + 3 for i in range(asked["prompt_tokens"])]
         began_s = time.perf_counter()
-        model.generate(prompt, 1)
+        model.generate(prompt, 1, stop=False)
         first_s = time.perf_counter() - began_s
         began_s = time.perf_counter()
-        made = len(model.generate(prompt, asked["decode_tokens"]))
+        made = len(model.generate(prompt, asked["decode_tokens"], stop=False))
         rest_s = max(time.perf_counter() - began_s - first_s, 1e-9)
         repeats.append(
             {"ttft_s": first_s, "prefill_tps": len(prompt) / first_s, "decode_tps": max(made - 1, 0) / rest_s}
