@@ -196,7 +196,9 @@ def _schema(clients: Clients) -> bool:
 def _json_object(clients: Clients) -> bool:
     answer = clients.chat(response_format={"type": "json_object"}, max_tokens=96)
     choice = answer.choices[0]
-    return choice.finish_reason == "length" or isinstance(json.loads(choice.message.content), dict)
+    with contextlib.suppress(ValueError):
+        return isinstance(json.loads(choice.message.content), dict)
+    return choice.finish_reason == "length" and choice.message.content.lstrip().startswith("{")
 
 
 def _tools_auto(clients: Clients) -> bool:
