@@ -1,8 +1,8 @@
 """Promise: a golden pack notices 90 % of plausible faults, more than its short answers alone do, without a false alarm.
 
 A variant of the example is built, then faulty in every way of ``slmops.build.fault_catalogue``. Each faulty model is loaded
-and scored by the code that devices run (an engine process, ``agent.golden.score_pack``), and judged as devices judge: by its own
-pack (tokens and tolerances), and by the committed release's floors, which a bad release cannot write itself. The same scores
+and scored by the code that devices run (an engine process, ``agent.golden.score_prompts``), and judged as devices judge: by its
+own pack (tokens and tolerances), and by the committed release's floors, which a bad release cannot write itself. The same scores
 judge packs without the long text, packs of the same size drawn at random from the same candidates, and the first candidates in
 order. Benign variation (threads, KV cache, context, weights repacked or not, batch sizes) must raise no alarm.
 
@@ -28,7 +28,7 @@ import numpy as np
 import yaml
 from device_world import print_results, result
 
-from slmops.agent.golden import expectation_of, score_pack
+from slmops.agent.golden import expectation_of, score_prompts
 from slmops.artifact.manifest import (
     GoldenExpectations,
     GoldenPack,
@@ -190,7 +190,7 @@ def device_scores(spec: EngineSpec, pack: GoldenPack) -> Condition:
 
     async def run() -> Scores:
         async with open_engine(spec) as engine:
-            return await score_pack(engine, pack)
+            return await score_prompts(engine, pack)
 
     try:
         return Condition(asyncio.run(run()), spec.kv_cache)

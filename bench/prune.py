@@ -289,7 +289,7 @@ def run(bench: Bench) -> None:
     }
     report = bench.step(
         "report", sparsify.report, files, {"choice": {"types": types}},
-        serving=SERVING, prompt_tokens=128, decode_tokens=48, repeats=bench.repeats,
+        serving=SERVING, prompt_tokens=128, decode_tokens=48, repeats=bench.repeats, profile="bench", others=[],
     )  # fmt: skip
     bench.say(f"sparsity: {report['verdict']}")
 

@@ -3,7 +3,7 @@
 Mean KLD <= 0.40 x stock Q4_K_M with imatrix and <= 0.15 x Q4_0 with imatrix; parity with Q4_K_M + imatrix at <= 0.80 x its
 bytes and >= 1.3 x its decode speed.
 
-    python bench/quantise.py [--second | --second-only] [--rounded]
+    python bench/quantise.py [--second | --second-only] [--also rounded kfac sequential verified]
 
 Runs the build's own steps (statistics of inputs, gradients where torch is installed, damage, choice, error feedback) on
 weights that left the Q4_1 grid (bench/off_grid.py) and were then taught the example's task by its adapter, and llama.cpp's own
@@ -44,10 +44,15 @@ CALIBRATION_TOKENS, WINDOW_TOKENS = 8192, 256
 #: of these so many are the task's, and so many of its items are asked
 TASK_TOKENS, TASK_ITEMS = 2048, 96
 HELD_OUT_WINDOWS, SCORED_TOKENS = 10, 480
+#: of Gemma, whose five times as many tokens cost as much more to judge
+SECOND_WINDOWS = 4
 STOCK = ("Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K")
 SERVING = {"context_tokens": 1024, "kv_cache": "f16", "parallel": 1, "micro_batch_tokens": 64}
 SEARCH = Search(probe_tokens=256, sample_rows=48)
 EXACT = "unquantised"
+#: other ways: without error feedback; by KFAC alone; activations collected again stage by stage; choices verified and repaired
+WAYS = ("rounded", "kfac", "sequential", "verified")
+STAGES, VERIFY_TOKENS = 6, 1536
 #: share of stock Q4_K_M's bytes at which ours should be as good
 PARITY = 0.80
 #: types with kernels that llama.cpp rearranges for the CPU
@@ -79,11 +84,12 @@ class World:
         tokens: int = CALIBRATION_TOKENS,
         *,
         has_task: bool = False,
+        windows: int = HELD_OUT_WINDOWS,
     ) -> None:
         self.folder = FOLDER / name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.cache = Cache(FOLDER / "cache")
-        self.search, self.tokens = search, tokens
+        self.search, self.tokens, self.windows = search, tokens, windows
         self.task = (
             taught(model, self.folder, self.cache, calibration_tokens=TASK_TOKENS, items=TASK_ITEMS)
             if has_task
@@ -104,10 +110,10 @@ class World:
             for index, conversation in enumerate(self.task.calibration):
                 windows.insert(index * 2 + 1, conversation)
         length = SCORED_TOKENS + 1
-        spread = (len(unseen) - length) // max(HELD_OUT_WINDOWS - 1, 1)
+        spread = (len(unseen) - length) // max(self.windows - 1, 1)
         held = [
             {"id": str(i), "token_ids": unseen[i * spread : i * spread + length], "start": 1}
-            for i in range(HELD_OUT_WINDOWS)
+            for i in range(self.windows)
         ]
         (self.folder / "calibration.json").write_text(json.dumps(windows))
         (self.folder / "held-out.json").write_text(json.dumps(held))
@@ -154,11 +160,9 @@ class World:
         self.hessians = hessians
         return steps
 
-    def ours(
-        self, name: str, budget_bytes: int, types: tuple[str, ...] = (), *, feedback: bool = True
-    ) -> list[Step]:
-        """Steps of one file of ours."""
-        params = {
+    def ours(self, name: str, budget_bytes: int, types: tuple[str, ...] = (), *, way: str = "") -> list[Step]:
+        """Steps of one file of ours; ``way``: one of ``WAYS``, which are judged by text alone."""
+        params: dict[str, Any] = {
             "profile": name,
             "types": list(types or self.search.types),
             "artifact_bytes": budget_bytes,
@@ -172,22 +176,32 @@ class World:
             for s in self.steps
             if s.name.startswith(("predictions", PROJECTION))
         }
+        if way == "kfac":
+            params["sensitivity"] = "kfac"
+        run = "slmops.build.steps"
+        steps = [Step(f"choose {name}", f"{run}.choose:choose", given, params, light=True)]
         inputs: dict[str, Any] = {
             "model": self.source,
             "imatrix": Output("imatrix", "imatrix.npz"),
             "choice": Output(f"choose {name}"),
+            **(self.hessians if way != "rounded" else {}),
         }
-        return [
-            Step(f"choose {name}", "slmops.build.steps.choose:choose", given, params, light=True),
-            Step(
-                f"quantise {name}",
-                "slmops.build.steps.quantise:write_variant",
-                inputs | (self.hessians if feedback else {}),
-            ),
-            *self.judged(name, Output(f"quantise {name}", "model.gguf")),
-        ]
+        text = {"text": self.calibration}
+        if way == "sequential":
+            again = Step(
+                f"sequential {name}", f"{run}.sequential:recollect", inputs | text, {"stages": STAGES}
+            )
+            steps.append(again)
+            inputs |= {"hessians": Output(again.name, "hessians.npz"), "inputs": Output(again.name)}
+        if way == "verified":
+            counts = {"tokens": VERIFY_TOKENS, "neighbours": 8, "seed": 7}
+            verify = Step(f"verify {name}", f"{run}.repair:repair", given | inputs | text, params | counts)
+            steps.append(verify)
+            inputs["choice"] = Output(verify.name)
+        steps.append(Step(f"quantise {name}", f"{run}.quantise:write_variant", inputs))
+        return steps + self.judged(name, Output(f"quantise {name}", "model.gguf"), asked=not way)
 
-    def judged(self, name: str, file: Output | SourceFile) -> list[Step]:
+    def judged(self, name: str, file: Output | SourceFile, *, asked: bool = True) -> list[Step]:
         """Steps that judge a file."""
         given = {
             "model": file,
@@ -197,10 +211,10 @@ class World:
             "mass": Output("reference", "tail-mass.npy"),
         }
         steps = [Step(f"compare {name}", "slmops.build.steps.divergence:compare", given)]
-        if self.task:
-            asked = {"model": file, "eval": self.task.items, "schema": self.task.schema, "text": Output(TEXT)}
+        if self.task and asked:
+            task = {"model": file, "eval": self.task.items, "schema": self.task.schema, "text": Output(TEXT)}
             params = {"task_items": TASK_ITEMS, "constrained_items": 0, "seed": 7}
-            steps.append(Step(f"answers {name}", "slmops.build.steps.answers:ask", asked, params))
+            steps.append(Step(f"answers {name}", "slmops.build.steps.answers:ask", task, params))
         return steps
 
     def run(self, steps: list[Step]) -> Any:
@@ -238,7 +252,8 @@ def speed(files: dict[str, Path], rounds: int) -> dict[str, list[float]]:
 def measured(world: World, results: Any, name: str, path: Path, types: dict[str, int]) -> Measured:
     """A judged file."""
     value = results[f"compare {name}"].value
-    exact = results[f"answers {name}"].value["free"]["exact"] if world.task else None
+    answers = results.get(f"answers {name}")
+    exact = None if answers is None else answers.value["free"]["exact"]
     return Measured(
         name,
         path.stat().st_size,
@@ -252,7 +267,7 @@ def measured(world: World, results: Any, name: str, path: Path, types: dict[str,
 
 
 def compare(
-    world: World, recipes: tuple[str, ...], rounded: tuple[str, ...] = ()
+    world: World, recipes: tuple[str, ...], also: tuple[str, ...] = ()
 ) -> tuple[list[Measured], dict[str, Path], dict[str, Any]]:
     """The unquantised model, stock recipes, ours at their bytes and at 0.8 x Q4_K_M: all judged; and what the search says."""
     results = world.run([])
@@ -266,8 +281,9 @@ def compare(
     for recipe in recipes:
         steps += world.ours(f"ours at {recipe}", sizes[recipe])
     steps += world.ours("ours at 0.8 Q4_K_M", less) + world.ours("ours at 0.8 Q4_K_M, fast types", less, FAST)
-    for recipe in rounded:
-        steps += world.ours(f"rounded at {recipe}", sizes[recipe], feedback=False)
+    for way in also:
+        for recipe in ("Q4_K_M", "Q4_0"):
+            steps += world.ours(f"{way} at {recipe}", sizes[recipe], way=way)
     results = world.run(steps)
     files = {EXACT: world.model} | {f"stock {recipe}": path for recipe, path in stock.items()}
     table = [measured(world, results, name, path, {}) for name, path in files.items()]
@@ -418,7 +434,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of the speed measurement; 0 for none")
     parser.add_argument("--second", action="store_true", help="also Gemma 3 270M, without torch")
     parser.add_argument("--second-only", action="store_true", help="only Gemma 3 270M")
-    parser.add_argument("--rounded", action="store_true", help="also without error feedback")
+    parser.add_argument(
+        "--also", nargs="+", choices=WAYS, default=(), help="other ways to search, at two sizes"
+    )
     parser.add_argument(
         "--recipes", nargs="+", choices=STOCK, default=STOCK, help="peers; Q4_K_M and Q4_0 are always there"
     )
@@ -427,7 +445,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     if not options.second_only:
         world = World("smollm2", off_grid(), SEARCH, options.tokens, has_task=True)
-        table, files, report = compare(world, recipes, ("Q4_K_M", "Q4_0") if options.rounded else ())
+        table, files, report = compare(world, recipes, tuple(options.also))
         timed = {name: path for name, path in files.items() if name.startswith(("ours", "stock"))}
         speeds = speed(timed, options.rounds) if options.rounds else {}
         show(table, speeds)
@@ -439,6 +457,7 @@ def main() -> None:
             gemma(FOLDER),
             SEARCH.model_copy(update={"sensitivity": "measured"}),
             options.tokens // 2,
+            windows=SECOND_WINDOWS,
         )
         other, files, report = compare(second, recipes)
         timed = {name: path for name, path in files.items() if name.startswith(("ours", "stock"))}

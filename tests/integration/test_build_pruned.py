@@ -86,6 +86,7 @@ def test_the_sparsity_report_is_evidence_and_shown(
     assert report["sparse"]["zeros_ratio"] > 0.45 > report["dense"]["zeros_ratio"]
     assert report["ratios"]["compressed_bytes"] < 1
     assert report["sparse"]["decode_tps"] > 0
+    assert report["verdict"].endswith(f"Measured on the variant for {report['profile']}")
     print_weight_steps(describe(load_build(folder / "build"))["weight_steps"])
     shown = capsys.readouterr().out
     assert f"sparsity report: {report['verdict']}" in shown

@@ -20,7 +20,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from tests.support.control_plane import running_plane
-from tests.support.tiny_project import SMALL_EVALUATION, make_tiny_project
+from tests.support.tiny_project import SMALL_EVALUATION, SMALL_SEARCH, make_tiny_project
 
 from slmops.artifact.chunkmap import decode_chunk_map
 from slmops.artifact.digest import digest_of, sha256_hex
@@ -619,3 +619,17 @@ def test_where_memory_is_the_bound_the_cache_type_is_chosen_with_the_weights(
     with pytest.raises(BudgetError):  # what a recipe says of its cache holds
         fixed = built.changed_recipe("kv-2.yaml", targets=targets, serving={**serving, "kv_cache": "q8_0"})
         built.again(tmp_path / "fixed", fixed)
+
+
+def test_sequential_feedback_gives_another_file_of_the_same_size_reproducibly(
+    built: Built, tmp_path: Path
+) -> None:
+    """Two stages: the types are as before, the codes are not; made again from nothing, the file is the same."""
+    recipe = built.changed_recipe("sequential.yaml", search={**SMALL_SEARCH, "sequential": 2})
+    files = [
+        run_build(recipe, tmp_path / name, cache_dir=cache, workers=0).build.variants[0].model
+        for name, cache in (("a", built.cache), ("b", tmp_path / "empty"))
+    ]
+    plain = built.result.build.variants[0].model
+    assert files[0].sha256 == files[1].sha256 != plain.sha256
+    assert files[0].bytes == plain.bytes

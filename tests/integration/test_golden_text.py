@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.support.tiny_project import make_tiny_project
 
-from slmops.agent.golden import expectation_of, score_pack
+from slmops.agent.golden import expectation_of, score_prompts
 from slmops.artifact.manifest import GoldenExpectations, GoldenPack, decode
 from slmops.build import run_build
 from slmops.build.fault_catalogue import FAULTS
@@ -47,7 +47,7 @@ class Shipped:
     def problems(self, spec: EngineSpec) -> tuple[str, ...]:
         async def judged() -> tuple[str, ...]:
             async with open_engine(spec) as engine:
-                scores = await score_pack(engine, self.pack)
+                scores = await score_prompts(engine, self.pack)
                 return judge_own(self.expected, scores, engine.spec.kv_cache).problems
 
         return asyncio.run(judged())

@@ -51,6 +51,11 @@ class Pack:
     pack: GoldenPack
     expectations: tuple[PromptExpectation, ...]
 
+    @property
+    def voting(self) -> frozenset[str]:
+        """Prompts whose answers a later release must keep."""
+        return frozenset(one.id for one in self.expectations if one.counts_later)
+
 
 @dataclass(frozen=True, slots=True)
 class ProbationResult:
@@ -94,11 +99,25 @@ def expectation_of(told: GoldenExpectation) -> PromptExpectation:
     )
 
 
-async def score_pack(backend: Backend, pack: GoldenPack) -> dict[str, PromptScore]:
-    """Score every prompt of a pack: mean log-probability of its answer under this engine, teacher-forced."""
+async def score_pack(
+    backend: Backend, pack: GoldenPack, voting: frozenset[str] = frozenset()
+) -> dict[str, PromptScore]:
+    """Score every prompt of a pack: log-probabilities of its answer under this engine, teacher-forced.
+
+    Args:
+        backend: the engine; one that cannot score is asked for its answers.
+        pack: the prompts.
+        voting: of these alone an answer is asked, where answers are all that there is (none: of all); the long text is no answer.
+    """
     if not backend.capabilities.score:
-        return {prompt.id: await _ask_prompt(backend, prompt) for prompt in pack.prompts}
-    return {prompt.id: await _score_prompt(backend.engine, prompt) for prompt in pack.prompts}
+        asked = [prompt for prompt in pack.prompts if not voting or prompt.id in voting]
+        return {prompt.id: await _ask_prompt(backend, prompt) for prompt in asked}
+    return await score_prompts(backend.engine, pack)
+
+
+async def score_prompts(engine: Engine, pack: GoldenPack) -> dict[str, PromptScore]:
+    """Score every prompt of a pack with an engine that can score."""
+    return {prompt.id: await _score_prompt(engine, prompt) for prompt in pack.prompts}
 
 
 async def _ask_prompt(backend: Backend, prompt: GoldenPrompt) -> PromptScore:
@@ -155,16 +174,16 @@ async def run_probation_packs(
         baseline: what that release kept of its pack when it committed.
         old: its engine, asked only when there is no baseline.
     """
-    scores = await score_pack(candidate, own.pack)
+    scores = await score_pack(candidate, own.pack, own.voting)
     own_result = judge_own(own.expectations, scores, candidate.engine.spec.kv_cache)
     paired: PairedResult | None = None
     if committed is not None:
-        voting = {e.id for e in committed.expectations if e.counts_later}
+        voting = committed.voting
         kept_before = {i: kept for i, kept in baseline.kept.items() if i in voting} if baseline else {}
         if not kept_before and old is not None:
-            kept_before = keeps_answers(committed.expectations, await score_pack(old, committed.pack))
+            kept_before = keeps_answers(committed.expectations, await score_pack(old, committed.pack, voting))
         same = committed.sha256 == own.sha256
-        new_scores = scores if same else await score_pack(candidate, committed.pack)
+        new_scores = scores if same else await score_pack(candidate, committed.pack, voting)
         paired = judge_paired(
             kept_before, keeps_answers(committed.expectations, new_scores), committed.pack.max_drop_ratio
         )

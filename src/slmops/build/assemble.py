@@ -349,6 +349,7 @@ def _evidence(
         "fast": fast,
         "evaluation": plan.evaluation.model_dump(),
         "text": results["render text"].value,
+        "task_kind": read.recipe.task.kind,
         "split": read.split,
         "chat_template": results[BASE].value["chat_template"],
         "reference": {**scores["reference"], **results[DISTRIBUTIONS].value},

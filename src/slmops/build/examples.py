@@ -152,7 +152,7 @@ def mixed(first: Sequence[Item], second: Sequence[Item]) -> list[Item]:
 
 def kind_of(items: Sequence[Item]) -> str:
     """``extraction`` when every answer is a JSON object, else ``text``."""
-    return "extraction" if all(_is_object(item.answer) for item in items) else "text"
+    return "extraction" if all(is_object(item.answer) for item in items) else "text"
 
 
 def encode_items(items: Sequence[Item]) -> str:
@@ -212,7 +212,8 @@ def _messages(value: dict[str, Any], where: str) -> list[Message]:
         ) from error
 
 
-def _is_object(answer: str) -> bool:
+def is_object(answer: str) -> bool:
+    """Whether an answer is a JSON object."""
     try:
         return isinstance(json.loads(answer), dict)
     except ValueError:

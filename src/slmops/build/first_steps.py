@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from slmops.artifact.digest import digest_of
 from slmops.build import examples as examples_module
 from slmops.build.cache import Cache
-from slmops.build.examples import write_split
+from slmops.build.conversations import Item
+from slmops.build.examples import is_object, write_split
 from slmops.build.files import sha256_of_file
 from slmops.build.graph import Output, SourceFile, Step
 from slmops.build.hf.directory import needed_files
 from slmops.build.steps.convert import check as check_hf
 from slmops.build.steps.fetch import facts as base_facts
+from slmops.core.errors import DocumentError
 from slmops.protocol.documents.recipe import GateSpec, Recipe, Target
 
 if TYPE_CHECKING:
@@ -75,19 +77,38 @@ def split_sources(
     return {name: SourceFile(path, sha256_of_file(path)) for name, path in paths.items()}, counts
 
 
-def with_defaults(recipe: Recipe, split: Mapping[str, Any] | None) -> Recipe:
-    """The recipe with the gates that it gets when it names none.
+def with_defaults(recipe: Recipe, items: Sequence[Item]) -> Recipe:
+    """The recipe with the kind of its task, and the gates that it gets when it names none.
 
     Likelihood gates need no labels, so they judge any build: at 0.10 nats a token, or one token in five chosen otherwise, a
-    4-bit model of this size is visibly worse. The task is gated when it can be: with fewer held-out items than
-    ``LEAST_GATED_ITEMS`` not even a perfect score could show that no more than 5 points were lost.
+    4-bit model of this size is visibly worse. The task is gated when it can be: an ``extraction`` has one right answer, and
+    with a schema a valid form; of ``text`` there are many right ones, so a word that differs is no mistake. With fewer held-out
+    items than ``LEAST_GATED_ITEMS`` not even a perfect score could show that no more than 5 points were lost.
+
+    Args:
+        recipe: as written.
+        items: of its evaluation set.
+
+    Raises:
+        DocumentError: the task is said to be an extraction, but an answer is no JSON object.
     """
+    task = recipe.task
+    found = next((item for item in items if not is_object(item.answer)), None)
+    if task.kind == "extraction" and found is not None:
+        raise DocumentError(
+            f"task.kind is extraction, but the answer of item {found.id!r} is no JSON object: {found.answer[:60]!r}",
+            hint="write kind: text, or give every answer as a JSON object",
+        )
+    kind: Literal["extraction", "text"] = task.kind or ("extraction" if found is None else "text")
+    recipe = recipe.model_copy(update={"task": task.model_copy(update={"kind": kind})})
     if "gates" in recipe.model_fields_set:
         return recipe
     gates = [GateSpec(metric="kld.mean", max=0.10), GateSpec(metric="same_top.ratio", min=0.80)]
-    held_out = split["held_out"] if split is not None else 0
-    if min(held_out, recipe.evaluation.task_items or held_out) >= LEAST_GATED_ITEMS:
+    asked = min(len(items), recipe.evaluation.task_items or len(items))
+    if kind == "extraction" and asked >= LEAST_GATED_ITEMS:
         gates.append(GateSpec(metric="task.exact_match", max_drop=0.05))
+        if task.answer_schema is not None:
+            gates.append(GateSpec(metric="task.schema_valid", max_drop=0.05))
     return recipe.model_copy(update={"gates": tuple(gates)})
 
 

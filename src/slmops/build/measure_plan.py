@@ -119,15 +119,16 @@ def cut_steps(read: ReadRecipe, made: Weights, text: Output, evaluation: Evaluat
 def sparsity_step(
     read: ReadRecipe, target: Target, variant: Output, dense: Output, evaluation: Evaluation
 ) -> Step:
-    """What zeros gained: the variant beside its dense twin of the same types."""
+    """What zeros gained: the variant beside its dense twin of the same types. One target is measured, and said."""
     inputs: dict[str, Output | SourceFile] = {
         "dense": dense,
         "variant": variant,
         "imatrix": Output("imatrix", "imatrix.npz"),
         "choice": Output(chosen_by(read.recipe, target)),
     }
-    run = "slmops.build.steps.sparsify:report"
-    return Step(SPARSITY, run, inputs, speed_params(read, evaluation), exclusive=True)
+    others = [t.key for t in read.recipe.targets if t.key != target.key]
+    params = speed_params(read, evaluation) | {"profile": target.key, "others": others}
+    return Step(SPARSITY, "slmops.build.steps.sparsify:report", inputs, params, exclusive=True)
 
 
 def speed_params(read: ReadRecipe, evaluation: Evaluation) -> dict[str, Any]:

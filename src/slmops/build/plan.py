@@ -42,11 +42,10 @@ from slmops.build.measure_plan import (
 from slmops.build.recipe_files import MEASURE, ReadRecipe
 from slmops.build.search_plan import (
     choose_step,
-    chosen_by,
-    feedback_inputs,
     gradient_steps,
     kv_step,
     possible_step,
+    quantise_steps,
     serves_freely,
     verify_step,
 )
@@ -57,7 +56,6 @@ from slmops.build.step_names import (
     DAMAGE_PARTS,
     DISTRIBUTIONS,
     SPEEDS,
-    TENSOR_PARTS,
     TEXT,
     of_target,
 )
@@ -153,20 +151,7 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
             steps.append(verify_step(read, target, choosing, calibration))
     steps.append(answers_step(read, ASKED_REFERENCE, reference, evaluation))
     for target in ggufs:
-        choice = Output(chosen_by(read.recipe, target))
-        inputs: dict[str, Output | SourceFile] = {**weights, "choice": choice, **feedback_inputs(read)}
-        made_ahead = [
-            Step(
-                of_target(f"tensors {part + 1}", target),
-                "slmops.build.steps.quantise:make_tensors",
-                inputs,
-                {"part": part, "parts": TENSOR_PARTS},
-            )
-            for part in range(TENSOR_PARTS)
-        ]
-        ahead = {f"ahead-{part + 1}": Output(step.name) for part, step in enumerate(made_ahead)}
-        run = "slmops.build.steps.quantise:write_variant"
-        steps += [*made_ahead, Step(of_target("quantise", target), run, inputs | ahead)]
+        steps += quantise_steps(read, target, weights, calibration)
     steps.append(
         Step(
             DISTRIBUTIONS, "slmops.build.steps.divergence:reference", {"model": made.dense, "text": held_out}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.artifact.digest import sha256_hex
+from slmops.build.conversations import read_items
 from slmops.build.files import sha256_of_file
 from slmops.build.first_steps import (
     hf_sources,
@@ -50,6 +51,7 @@ def read_recipe(path: Path, cache_dir: Path | None = None) -> ReadRecipe:
 
     Raises:
         DocumentError: not valid, or a file that it names does not exist.
+        DocumentError: the answers are not of the kind that the task is said to be.
         NotFoundError: a target's profile is neither built in nor in the same file.
         BaseModelError, DigestError: the base file is missing or is another one.
     """
@@ -79,7 +81,8 @@ def read_recipe(path: Path, cache_dir: Path | None = None) -> ReadRecipe:
     sources = _sources(recipe, folder)
     made, split = split_sources(recipe, sources, cache_dir)
     sources |= made
-    return ReadRecipe(with_defaults(recipe, split), folder, sha256_hex(content), known, sources, split)
+    recipe = with_defaults(recipe, read_items(sources["eval"].path))
+    return ReadRecipe(recipe, folder, sha256_hex(content), known, sources, split)
 
 
 def with_speed_table(read: ReadRecipe, path: Path) -> ReadRecipe:

@@ -175,7 +175,13 @@ def _help(row: Mapping[str, Any], evidence: Mapping[str, Any], shape: Mapping[st
         unit = "items" if gate["gate"].startswith("task.") else "held-out texts"
         said.append(f"about {gate['needed']} more {unit} would settle gate {gate['gate']}")
     split = evidence.get("split")
-    if split is not None and not any(gate["gate"].startswith("task.") for gate in row["gates"]):
+    ungated = not any(gate["gate"].startswith("task.") for gate in row["gates"])
+    if ungated and evidence.get("task_kind") == "text":
+        said.append(
+            "a look at some answers: the task is text, of which many are right, so only likelihoods were gated; a gate on "
+            "task.exact_match makes sense where one answer is right"
+        )
+    elif split is not None and ungated:
         said.append(
             f"more examples: {split['examples']} were given, so {split['held_out']} could be held out, too few to gate the "
             "task itself; about 180 make a gate of 5 points possible"

@@ -16,6 +16,7 @@ from slmops.build.step_names import (
     PREDICTION_PARTS,
     PROJECTION,
     SPEEDS,
+    TENSOR_PARTS,
     of_target,
 )
 from slmops.core.device.fit import KV_CHOICES
@@ -104,6 +105,34 @@ def feedback_inputs(read: ReadRecipe) -> dict[str, Output | SourceFile]:
         if "scales" in read.sources:
             inputs["scales"] = read.sources["scales"]
     return inputs
+
+
+def quantise_steps(
+    read: ReadRecipe, target: Target, weights: Mapping[str, Output | SourceFile], text: Output
+) -> list[Step]:
+    """A target's tensors, by two processes, and the file that they make."""
+    room = "slmops.build.steps"
+    fed = feedback_inputs(read)
+    inputs = {**weights, "choice": Output(chosen_by(read.recipe, target)), **fed}
+    steps: list[Step] = []
+    if read.recipe.search.sequential and fed:
+        given = {name: source for name, source in inputs.items() if name != "scales"} | {"text": text}
+        stages = {"stages": read.recipe.search.sequential}
+        again = Step(of_target("sequential", target), f"{room}.sequential:recollect", given, stages)
+        inputs |= {"hessians": Output(again.name, "hessians.npz"), "inputs": Output(again.name)}
+        steps.append(again)
+    ahead = [
+        Step(
+            of_target(f"tensors {part + 1}", target),
+            f"{room}.quantise:make_tensors",
+            dict(inputs),
+            {"part": part, "parts": TENSOR_PARTS},
+        )
+        for part in range(TENSOR_PARTS)
+    ]
+    made = {f"ahead-{part + 1}": Output(step.name) for part, step in enumerate(ahead)}
+    whole = Step(of_target("quantise", target), f"{room}.quantise:write_variant", {**inputs, **made})
+    return [*steps, *ahead, whole]
 
 
 def possible_step(read: ReadRecipe, target: Target, reference: Output) -> Step:

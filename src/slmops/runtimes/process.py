@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from slmops.runtimes.ports import AppliedLimit, EngineProperties, EngineSpec, Me
 
 _LOG_LINES = 60
 _POLL_S = 0.02
+_CONNECT_S = 1.0
 _DEATH_S = 0.5
 _SOCKET_PATH_BYTES = 107  # sun_path, less its NUL
 _MEMORY_WORDS = (
@@ -227,7 +229,7 @@ class EngineProcess:
                 raise self._death("while loading")
             with contextlib.suppress(httpx.HTTPError):
                 response = await self._client(self._sockets.engine).get("/health", timeout=5.0)
-                if response.status_code == httpx.codes.OK:
+                if response.status_code == httpx.codes.OK and self._scores_open():
                     self.peak_rss_bytes()
                     return
             if loop.time() >= deadline:
@@ -245,6 +247,16 @@ class EngineProcess:
         except httpx.HTTPError:
             return False
         return response.status_code == httpx.codes.OK
+
+    def _scores_open(self) -> bool:
+        """Whether the second socket listens: a child may open it after the first is healthy, and be asked there next."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(_CONNECT_S)
+            try:
+                probe.connect(str(self._sockets.score))
+            except OSError:
+                return False
+        return True
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """See `Engine`."""
@@ -300,14 +312,14 @@ class EngineProcess:
 
     # --- questions
 
-    def _client(self, socket: Path) -> httpx.AsyncClient:
-        if socket not in self._clients:
-            self._clients[socket] = engine_client(socket)
-        return self._clients[socket]
+    def _client(self, path: Path) -> httpx.AsyncClient:
+        if path not in self._clients:
+            self._clients[path] = engine_client(path)
+        return self._clients[path]
 
-    async def _ask(self, socket: Path, path: str, body: object = None) -> Any:
+    async def _ask(self, where: Path, path: str, body: object = None) -> Any:
         try:
-            client = self._client(socket)
+            client = self._client(where)
             response = await (client.get(path) if body is None else client.post(path, json=body))
         except httpx.HTTPError as error:
             if await self._died_within(_DEATH_S):

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from slmops.build.conversations import Item, read_items
 from slmops.build.examples import Example, encode_items, kind_of, mixed, read_examples, split_examples
-from slmops.build.first_steps import GENERAL_TEXT
+from slmops.build.first_steps import GENERAL_TEXT, with_defaults
 from slmops.core.errors import DocumentError
+from slmops.protocol.documents.recipe import Recipe
 
 
 def lines(path: Path, *values: object) -> Path:
@@ -120,3 +121,60 @@ def test_the_packaged_general_text() -> None:
     both = mixed(own, items[:5])
     assert [i.id for i in both[:4]] == ["0", items[0].id, "1", items[1].id]
     assert len(both) == 8
+
+
+# ---- what a kind decides: the gates of a recipe that names none
+
+
+def recipe_of(**task: object) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "apiVersion": "slmops/v1",
+            "kind": "Recipe",
+            "metadata": {"name": "m"},
+            "base": {"gguf": "m.gguf"},
+            "task": {"eval": "e.jsonl", "calibration": "c.txt", **task},
+            "targets": [{"profile": "pi5-8gb"}],
+        }
+    )
+
+
+def items_of(answer: str, count: int = 60) -> list[Item]:
+    return [Item(str(i), ({"role": "user", "content": str(i)},), answer) for i in range(count)]
+
+
+LIKELIHOODS = ["kld.mean", "same_top.ratio"]
+
+
+@pytest.mark.parametrize(
+    ("task", "items", "kind", "asked"),
+    [
+        ({}, items_of('{"a": 1}'), "extraction", [*LIKELIHOODS, "task.exact_match"]),
+        (
+            {"answer_schema": "s.json"},
+            items_of('{"a": 1}'),
+            "extraction",
+            [*LIKELIHOODS, "task.exact_match", "task.schema_valid"],
+        ),
+        ({}, items_of('{"a": 1}', 59), "extraction", LIKELIHOODS),
+        ({}, items_of("a poem"), "text", LIKELIHOODS),
+        ({"kind": "text"}, items_of('{"a": 1}'), "text", LIKELIHOODS),
+    ],
+)
+def test_a_kind_decides_what_is_gated(
+    task: dict[str, object], items: list[Item], kind: str, asked: list[str]
+) -> None:
+    """An extraction has one right answer and a valid form; of text many are right."""
+    found = with_defaults(recipe_of(**task), items)
+    assert (found.task.kind, [gate.metric for gate in found.gates]) == (kind, asked)
+
+
+def test_gates_that_were_written_stay() -> None:
+    recipe = recipe_of().model_copy(update={"gates": ()})
+    recipe.model_fields_set.add("gates")
+    assert with_defaults(recipe, items_of('{"a": 1}')).gates == ()
+
+
+def test_an_extraction_whose_answers_are_none_is_refused() -> None:
+    with pytest.raises(DocumentError, match="item '0' is no JSON object: 'a poem'"):
+        with_defaults(recipe_of(kind="extraction"), items_of("a poem"))

@@ -114,6 +114,32 @@ def test_what_would_help() -> None:
     assert "exactly right on 10% of the items, which no file format mends" in weak
 
 
+def test_how_it_is_served_and_what_another_way_would_leave_for_weights() -> None:
+    """What the blueprint should say; another cache or context only where it would gain something, its own price counted."""
+    row = copy.deepcopy(ROW)
+    row |= {
+        "serving": {"kv_cache": "q4_0", "context_tokens": 2048, "parallel": 2},
+        "kv_cache_kld": 0.01,
+        "expected_kld": 0.05,
+        "memory": [],
+    }
+    assert "kv_cache q4_0, 2048 tokens of context, 2 at once: say so" in said(row)["chosen"]
+    assert "costs about 0.0100 nats" in said(row)["chosen"]
+    assert "served with" not in said(row)["help"]
+    way = {"kv_cache": "q4_0", "context_tokens": 1024, "allowed_bytes": 90_000_000, "expected_kld": 0.02}
+    row["memory"] = [
+        way | {"kv_cache_kld": 0.01},
+        way | {"kv_cache": "f16", "expected_kld": None, "kv_cache_kld": 0.0},
+    ]
+    helping = said(row)["help"]
+    assert "kv_cache q4_0 and 1024 tokens of context" in helping
+    assert "90.0 MB for the file: divergence 0.030 expected where this one has 0.060" in helping
+    row["memory"] = [way | {"kv_cache_kld": None}]
+    assert "not counting what the cache type itself costs" in said(row)["help"]
+    row["memory"] = [way | {"kv_cache_kld": 0.03}]  # .050 instead of .060: not worth a sentence
+    assert "served with" not in said(row)["help"]
+
+
 @pytest.fixture
 def build(tmp_path: Path) -> Build:
     return load_build(make_build_directory(tmp_path / "b"))

@@ -16,6 +16,7 @@ from slmops.build.steps.sparsify import (
     compressed_bytes,
     gains,
     keep_mask,
+    scope,
     sparsify,
     stored_zeros_ratio,
     verdict,
@@ -99,3 +100,9 @@ def test_a_smaller_download_alone_is_no_gain_in_speed_or_memory() -> None:
 def test_gains_are_told_by_name(name: str, ratio: float, is_gain: bool) -> None:
     assert gains(EQUAL | {name: ratio}) == ([name] if is_gain else [])
     assert verdict("x", EQUAL | {name: ratio}, 0.5).startswith("gain on x in" if is_gain else "no gain on x")
+
+
+def test_a_verdict_says_which_variant_it_is_about() -> None:
+    """Other targets have other types; nobody should think that they were measured, too."""
+    assert scope("pi5-8gb", []) == ". Measured on the variant for pi5-8gb"
+    assert scope("a", ["b", "c"]).endswith("those for b, c have other tensor types and were not measured")

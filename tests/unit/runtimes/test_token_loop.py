@@ -153,7 +153,9 @@ def test_templates_run_in_a_sandbox() -> None:
     assert chat.render([{"role": "user", "content": parts}]) == (
         "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert chat.render([{"role": "user", "content": "a"}], {"add_generation_prompt": False}).endswith("<|im_end|>\n")
+    assert chat.render([{"role": "user", "content": "a"}], {"add_generation_prompt": False}).endswith(
+        "<|im_end|>\n"
+    )
     for hostile in ("{{ raise_exception('no system role') }}", "{{ ''.__class__.__mro__ }}{{ x.y.z }}"):
         with pytest.raises(UsageError):
             ChatTemplate(hostile, bos_text="", eos_text="").render([{"role": "user", "content": "a"}])

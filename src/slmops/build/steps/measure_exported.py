@@ -135,7 +135,8 @@ def golden_scores(context: StepContext) -> dict[str, Any]:
                 rows = log_softmax(tool.logits(token_ids, start - 1)[:-1])
                 mean = float(rows[np.arange(len(rows)), np.array(token_ids[start:])].mean())
                 scores[name] = {"tokens_sha256": golden_tokens_digest(token_ids), "mean_logprob": mean}
-        return {"scores": scores, "model_sha256": variant.sha256}
+        total = sum(len(token_ids) for token_ids, _ in tokens.values())
+        return {"scores": scores, "tokens": total, "model_sha256": variant.sha256}
 
 
 def speed(context: StepContext) -> dict[str, Any]:

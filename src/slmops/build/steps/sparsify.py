@@ -15,7 +15,7 @@ import asyncio
 import re
 import statistics
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,8 +138,9 @@ def report(context: StepContext) -> dict[str, Any]:
     """Measure what the zeros are worth: the sparse variant beside a dense twin of the same types.
 
     Files in: ``dense`` (F16, as it was before the step), ``variant`` (sparse, as it ships), ``imatrix``. Values in: ``choice``.
-    Params: ``serving``, ``prompt_tokens``, ``decode_tokens``, ``repeats``. Value: ``runtime``; ``dense`` and ``sparse`` figures;
-    ratios sparse to dense; ``verdict`` in plain words.
+    Params: ``serving``, ``prompt_tokens``, ``decode_tokens``, ``repeats``; ``profile`` of the variant, ``others``: profiles
+    whose variants are not measured. Value: ``runtime``, ``profile``, ``others``; ``dense`` and ``sparse`` figures; ratios
+    sparse to dense; ``verdict`` in plain words.
     """
     twin = context.out / ".twin.gguf"
     importance = read_imatrix(context.files["imatrix"])
@@ -186,8 +187,17 @@ def report(context: StepContext) -> dict[str, Any]:
         **figures,
         "ratios": ratios,
         "gains": gains(ratios),
-        "verdict": verdict("llama.cpp", ratios, figures["sparse"]["zeros_ratio"]),
+        "profile": context.params["profile"],
+        "others": list(context.params["others"]),
+        "verdict": verdict("llama.cpp", ratios, figures["sparse"]["zeros_ratio"])
+        + scope(context.params["profile"], context.params["others"]),
     }
+
+
+def scope(profile: str, others: Sequence[str]) -> str:
+    """Whose variant a verdict is about."""
+    rest = f"; those for {', '.join(others)} have other tensor types and were not measured" if others else ""
+    return f". Measured on the variant for {profile}{rest}"
 
 
 def gains(ratios: Mapping[str, float]) -> list[str]:

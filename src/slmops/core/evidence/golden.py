@@ -27,16 +27,17 @@ from dataclasses import dataclass
 
 from slmops.core.evidence.statistics import PairedCounts
 
+#: of the answers judged, so many must be the pack's to the letter, where answers are all that an engine gives
+SAME_ANSWERS_RATIO = 0.75
+#: the floor of a release for an answer that a later one need not keep; any floor below the second says so: no model is
+#: that unsure on average
+NO_FLOOR, LEAST_FLOOR = -1000.0, -100.0
 #: KV-cache types between which a model differs no more than between two machines
 FINE_KV_TYPES = frozenset({"f32", "f16", "bf16", "q8_0"})
-#: the floor of a release for an answer that a later one need not keep
-NO_FLOOR = -1000.0
 #: of a traced text that the context cuts off: tokens below which it is not judged, and how much wider its tolerance is
 LEAST_OF_TRACE, CUT_TOLERANCE = 16, 2.0
 #: a trace tells no smaller log-probability than this
 TRACE_LEAST = -15.9375
-#: of the answers judged, so many must be the pack's to the letter, where answers are all that an engine gives
-SAME_ANSWERS_RATIO = 0.75
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ class PromptExpectation:
     @property
     def counts_later(self) -> bool:
         """Whether a later release must keep this answer."""
-        return self.floor > NO_FLOOR
+        return self.floor > LEAST_FLOOR
 
 
 @dataclass(frozen=True, slots=True)

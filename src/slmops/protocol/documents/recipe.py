@@ -80,8 +80,9 @@ class ModelTask(Section):
     not from the same group or template. A build refuses such lines by name.
 
     Attributes:
-        kind: ``extraction``: one JSON answer for one message; ``text``: any answer. Left out, ``extraction`` when
-            every answer is a JSON object.
+        kind: what an answer is, and so which gates a recipe gets that names none. ``extraction``: a JSON object, and one is
+            right: exact matches are gated, and valid ones where there is a schema. ``text``: anything, and many are right:
+            likelihoods alone are gated. Left out, ``extraction`` when every answer is a JSON object.
         examples: JSON lines with ``prompt`` (or ``messages``) and ``answer``, and maybe ``group`` (a template, a
             customer: whatever must not be on both sides). Split into held-out and calibration items by seed and group;
             packaged general text is added to both.
@@ -168,8 +169,9 @@ class PruneStep(Section):
     """Cut the model smaller: fewer tokens, narrower feed-forward layers, fewer blocks; each alone or together.
 
     Attributes:
-        keep_vocabulary_tokens: tokens that stay: bytes and special tokens, what the task's text needs, then by the
-            tokenizer's own ranks. Byte-level BPE vocabularies only.
+        keep_vocabulary_tokens: tokens that stay: bytes and special tokens, what the task's text and ``general_text`` need,
+            then by the tokenizer's own merge ranks: they are how frequent tokens were in the text that it was made from, far
+            more of it than any text that could be packaged. Byte-level BPE vocabularies only.
         keep_ffn_width: neurons that stay in each feed-forward layer, a multiple of 256; chosen by activations.
         drop_layers: blocks that go, one after another, by measured KL divergence on text of training and calibration.
         general_text: plain text files beside the task's text, counted for the vocabulary and learned from in recovery.
@@ -194,7 +196,7 @@ class PruneStep(Section):
 
 
 class SparsifyStep(Section):
-    """Set weights to zero by Wanda, and report what that is worth on the runtime that ships.
+    """Set weights to zero by Wanda, and report what that is worth on the runtime that ships (of the first target, by name).
 
     Attributes:
         pattern: ``N:M`` keeps N of every M neighbours (``2:4``); ``unstructured`` keeps the best of each row.
@@ -454,6 +456,8 @@ class Search(Section):
         verify_tokens: calibration tokens on which the best choices are measured as they would ship; 0 trusts the tables.
         neighbours: choices near the best one that are measured, too.
         feedback: quantise with error feedback (GPTQ): later columns make up for what earlier ones lost.
+        sequential: in how many stages activations are collected again after the layers before were quantised (sequential
+            GPTQ): each costs a run over the calibration text for every target. 0: all from the unquantised model.
         scales_from: an earlier release's GGUF whose block scales are kept where that costs little, so that the
             update is small.
     """
@@ -482,6 +486,7 @@ class Search(Section):
     verify_tokens: int = Field(default=0, ge=0)
     neighbours: int = Field(default=8, ge=0, le=256)
     feedback: bool = True
+    sequential: int = Field(default=0, ge=0, le=256)
     scales_from: str | None = None
 
     @model_validator(mode="after")
@@ -489,6 +494,8 @@ class Search(Section):
         unknown = [name for name in self.types if name not in TYPE_IDS]
         if unknown or not self.types:
             raise ValueError(f"types: {unknown or 'none'} cannot be used: give some of {', '.join(TYPE_IDS)}")
+        if self.sequential and not self.feedback:
+            raise ValueError("sequential: needs feedback: true, whose statistics it collects again")
         strange = [name for name in self.kv_caches or () if name not in KV_TYPES]
         if strange:
             raise ValueError(f"kv_caches: {strange[0]!r} is not known: give some of {', '.join(KV_TYPES)}")

@@ -106,10 +106,12 @@ class _HessianCollector(Collector):
     Args:
         done: matrices whose input is known already.
         limit_bytes: room for sums; one is always taken.
+        only: matrices whose input is wanted; None for all.
     """
 
-    def __init__(self, done: Collection[str], limit_bytes: int) -> None:
+    def __init__(self, done: Collection[str], limit_bytes: int, only: Collection[str] | None = None) -> None:
         super().__init__()
+        self._only = only
         self.products: dict[str, NDArray[np.float32]] = {}
         self.first_of: dict[str, str] = {}
         self.left_out = False
@@ -119,6 +121,9 @@ class _HessianCollector(Collector):
             int, str
         ] = {}  # address of an input to the first matrix of this graph that it goes into
         self._seen: set[str] = set()
+
+    def _wants(self, name: str) -> bool:
+        return super()._wants(name) if self._only is None else name in self._only
 
     def _take(self, name: str, address: int, values: NDArray[np.float32]) -> None:
         if name in self._seen:  # the next graph: addresses are given anew
@@ -147,6 +152,7 @@ def collect_hessians(
     window_tokens: int = 256,
     threads: int = 1,
     limit_bytes: int = 1 << 30,
+    only: Collection[str] | None = None,
 ) -> Iterator[Hessian]:
     """Run a calibration text and collect every input's mean outer product.
 
@@ -156,13 +162,14 @@ def collect_hessians(
         window_tokens: tokens of one independent window; a shorter rest is left out.
         threads: compute threads.
         limit_bytes: memory for sums; when all do not fit, the text is run again for the rest.
+        only: matrices whose inputs are wanted; None for all.
 
     Raises:
         BuildError: as :func:`collect_imatrix`.
     """
     done: set[str] = set()
     while True:
-        collector = _HessianCollector(done, limit_bytes)
+        collector = _HessianCollector(done, limit_bytes, only)
         _run(collector, path, token_ids, window_tokens, threads)
         for first, product in collector.products.items():
             tensors = tuple(name for name, one in collector.first_of.items() if one == first)
