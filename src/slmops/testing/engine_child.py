@@ -166,7 +166,10 @@ class FakeEngine:
     def _chat(self, model: FakeModel, body: dict[str, Any], garbage: bool) -> Response:
         prompt = render(body["messages"])
         text = _GARBAGE if garbage else model.reply(prompt)
-        schema = (body.get("response_format") or {}).get("json_schema", {}).get("schema")
+        form = body.get("response_format") or {}
+        schema = form.get("json_schema", {}).get("schema")
+        if form.get("type") == "json_object" and not garbage:
+            schema = {"type": "object", "properties": {}}
         if schema is not None and not garbage:
             text = _as_json(text, schema)
         return self._generate(body, tokenize(prompt), text, chat=True)

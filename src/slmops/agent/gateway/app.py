@@ -29,6 +29,7 @@ from slmops.agent.gateway.requests import (
     parse_embeddings,
     read_json,
 )
+from slmops.agent.gateway.responses import Answer, to_chat
 from slmops.agent.serving import Backend, Router
 from slmops.core.errors import BusyError, SlmopsError, UsageError
 from slmops.runtimes.matrix import matrix_of
@@ -63,6 +64,7 @@ class Gateway:
                 Route("/v1/models/{model:path}", self._measured("models", self._model)),
                 Route("/v1/chat/completions", self._measured("chat", self._chat), methods=["POST"]),
                 Route("/v1/completions", self._measured("completions", self._completions), methods=["POST"]),
+                Route("/v1/responses", self._measured("responses", self._responses), methods=["POST"]),
                 Route("/v1/embeddings", self._measured("embeddings", self._embeddings), methods=["POST"]),
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
@@ -172,6 +174,24 @@ class Gateway:
             body,
             lambda b: parse_chat(body, b.capabilities, b.system_prompt, b.engine.spec.runtime),
         )
+
+    async def _responses(self, request: Request) -> Response:
+        body = read_json(await read_body(request))
+        chat = to_chat(body)
+
+        def prepare(backend: Backend) -> Parsed:
+            if chat.get("stream") and "stream_options" in backend.capabilities.chat_fields:
+                chat["stream_options"] = {"include_usage": True}
+            return parse_chat(chat, backend.capabilities, backend.system_prompt, backend.engine.spec.runtime)
+
+        response = await self._generate("/v1/chat/completions", chat, prepare)
+        answer = Answer(body)
+        if isinstance(response, StreamingResponse):
+            response.body_iterator = answer.events(aiter(response.body_iterator))
+        elif response.status_code == httpx.codes.OK:
+            headers = {name: value for name, value in response.headers.items() if name.startswith("x-")}
+            return Response(answer.whole(bytes(response.body)), 200, headers, JSON)
+        return response
 
     async def _completions(self, request: Request) -> Response:
         body = read_json(await read_body(request))
