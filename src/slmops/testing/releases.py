@@ -40,7 +40,7 @@ from slmops.artifact.manifest import (
 from slmops.artifact.trust import add_release, check_root, new_root, new_targets, publish
 from slmops.protocol.messages import SCHEMA as MESSAGE_SCHEMA
 from slmops.protocol.messages import Assignment, NamedDigest, ServingSettings
-from slmops.runtimes import EngineSpec, open_engine
+from slmops.runtimes import EngineSpec, load, open_engine
 
 SERVING = ServingSettings(
     context_tokens=512, kv_cache="q8_0", parallel=2, micro_batch_tokens=64, system_prompt=""
@@ -261,7 +261,13 @@ async def _expect(
     """Expectations from an engine that really loads the file."""
     expected: list[GoldenExpectation] = []
     async with open_engine(
-        EngineSpec(runtime=runtime, model_path=path, context_tokens=SERVING.context_tokens), timeout_s=60
+        EngineSpec(
+            runtime=runtime,
+            model_path=path,
+            context_tokens=SERVING.context_tokens,
+            kv_cache=load(runtime).capabilities.kv_cache_for("f16"),
+        ),
+        timeout_s=60,
     ) as engine:
         for prompt in pack.prompts:
             asked = await engine.apply_template(
