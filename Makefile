@@ -14,7 +14,7 @@ CONFORMANCE := .venv-conformance
 CONFORMANCE_STAMP := $(CONFORMANCE)/.installed
 EXECUTORCH := .venv-executorch
 EXECUTORCH_STAMP := $(EXECUTORCH)/.installed
-ENGINE_TESTS := tests/contract/test_engine_contract.py tests/contract/test_capabilities.py tests/unit/runtimes
+ENGINE_TESTS := tests/contract/test_engine_contract.py tests/contract/test_capabilities.py tests/unit/runtimes tests/integration/test_agent_on_runtimes.py
 ARGS ?=
 NAME ?=
 

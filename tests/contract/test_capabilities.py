@@ -31,6 +31,7 @@ from slmops.agent.gateway.requests import (
     parse_completion,
     parse_embeddings,
 )
+from slmops.core.device.fit import RUNTIME_MEMORY
 from slmops.core.errors import UsageError
 from slmops.runtimes import AdapterSpec, Capabilities, EngineSpec
 from slmops.runtimes.matrix import matrix_of, matrix_table
@@ -468,3 +469,11 @@ def test_the_matrix_shows_every_difference() -> None:
     assert matrix_of(runtimes["executorch"])["max_slots"] == 1
     assert load(FAKE_RUNTIME).capabilities.kv_cache_for("q8_0") == "q8_0"
     assert runtimes["executorch"].kv_cache_for("q8_0") == "f32"
+
+
+def test_admission_counts_the_cache_that_a_runtime_makes() -> None:
+    """The arithmetic's fixed KV type and number of conversations are those that the adapter declares."""
+    for name in set(DECLARED) & set(RUNTIME_MEMORY):
+        can, how = declared(name), RUNTIME_MEMORY[name]
+        assert how.kv_type == (next(iter(can.kv_cache_types)) if len(can.kv_cache_types) == 1 else None)
+        assert how.max_parallel == can.max_slots

@@ -25,6 +25,7 @@ from slmops.core.errors import NotFoundError, RuntimeLoadError, SlmopsError, Usa
 from slmops.runtimes import Engine, EngineLimits, EngineSpec, Runtime, load, open_engine
 from slmops.runtimes.bench import bench_engine
 from slmops.runtimes.connect import engine_client
+from slmops.runtimes.depth_bench import bench_depths
 from slmops.runtimes.external.config import ENVIRONMENT_VARIABLE
 from slmops.testing.engine import FAKE_RUNTIME, write_fake_model
 
@@ -753,6 +754,29 @@ def test_bench_measures_the_child(harness: Harness, workdir: Path) -> None:
             assert len(result.repeats) == 2
             with pytest.raises(UsageError):
                 await bench_engine(engine, prompt_tokens=510, decode_tokens=8)
+
+    run(main())
+
+
+def test_depths_are_measured_or_said_to_be_impossible(harness: Harness) -> None:
+    """One form for every runtime: speeds at each depth that fits, a reason at one that does not, memory in two parts."""
+
+    async def main() -> None:
+        asked = {"depths_tokens": (0, 256, 2048), "prompt_tokens": 64, "decode_tokens": 8, "repeats": 2}
+        found = await bench_depths(replace(harness.spec, batch_tokens=64), **asked)  # type: ignore[arg-type]
+        shallow, deep, beyond = found.depths
+        for one in (shallow, deep):
+            assert min(one.prefill_tps, one.decode_tps, one.ttft_s, one.busy_ratio) >= 0
+            assert len(one.repeats) == 2
+        assert "not measured: needs 2120 tokens" in beyond.reason
+        assert not beyond.repeats
+        assert found.peak_rss_bytes >= found.anonymous_bytes > 0
+        assert found.file_backed_bytes > 0
+        assert (found.energy_j is None) == found.energy.startswith("not measured")
+        assert json.loads(found.to_json())["depths"][2]["reason"] == beyond.reason
+        if harness.spec.runtime != FAKE_RUNTIME:
+            assert all(run.cached_tokens >= 192 for run in deep.repeats)  # whole pieces of 64
+            assert all(run.cached_tokens == 0 for run in shallow.repeats)
 
     run(main())
 

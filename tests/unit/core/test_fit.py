@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from slmops.core.device.fit import (
     KV_TYPES,
     RUNTIME_BASE_BYTES,
+    RUNTIME_MEMORY,
     Fit,
     ModelShape,
     Serving,
@@ -181,3 +182,36 @@ def test_an_owners_own_server_opens_what_llama_cpp_opens(
     facts = replace(FACTS, runtimes=dict.fromkeys(available, "1"))
     answer = fit(SMOL, DEFAULT, PI5, facts, runtime=runtime, missing_bytes=0)
     assert any("runtime: needs" in reason for reason in answer.reasons) is (engine is None)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "file_bytes", "context", "parallel", "measured_mib"),
+    # highest resident memory of the engine child, SmolLM2-135M, micro-batch 64, one thread (bench/memory.py)
+    [
+        ("onnxruntime-genai", 113_627_597, 512, 1, 310),  # int4
+        ("onnxruntime-genai", 113_627_597, 2048, 1, 373),
+        ("onnxruntime-genai", 113_627_597, 2048, 2, 478),
+        ("onnxruntime-genai", 266_999_426, 512, 1, 350),  # int8, whose embedding is mapped and partly touched
+        ("onnxruntime-genai", 266_999_426, 2048, 2, 536),
+        ("onnxruntime-genai", 540_328_112, 512, 1, 817),  # fp32
+        ("executorch", 652_766_208, 1024, 1, 1057),  # fp32
+    ],
+)
+def test_each_runtime_needs_what_was_measured(
+    runtime: str, file_bytes: int, context: int, parallel: int, measured_mib: int
+) -> None:
+    """Never much less than an engine really took (a device would kill it), and at most half more."""
+    shape = replace(SMOL, weights_bytes=file_bytes)
+    needed = memory_needed(shape, Serving(context, parallel=parallel), runtime).total_bytes
+    assert 0.98 * measured_mib * MiB <= needed <= 1.5 * measured_mib * MiB
+
+
+def test_a_fixed_cache_type_wins_over_the_settings() -> None:
+    """A runtime whose export decides the cache's type needs the same whatever the blueprint says; llama.cpp does not."""
+    for runtime, how in RUNTIME_MEMORY.items():
+        small = memory_needed(SMOL, Serving(2048, "q4_0"), runtime).total_bytes
+        large = memory_needed(SMOL, Serving(2048, "f16"), runtime).total_bytes
+        assert (small == large) == (how.kv_type is not None)
+    one = memory_needed(SMOL, Serving(2048, parallel=1), "executorch").kv_cache_bytes
+    assert memory_needed(SMOL, Serving(2048, parallel=4), "executorch").kv_cache_bytes == one
+    assert memory_needed(SMOL, Serving(), "external") == memory_needed(SMOL, Serving(), "llama.cpp")

@@ -55,7 +55,9 @@ class ExecutorchModel:
                 hint="ask for less",
             )
         self.vocab_tokens = card.vocab_tokens
-        width = self.evaluate([0], 0).shape[-1]  # a program that loads and cannot run is refused here
+        probe = self.evaluate([0, 0], 0)  # a program that loads and cannot run is refused here
+        self.gives_all_rows = len(probe) == 2
+        width = probe.shape[-1]
         if width != self.vocab_tokens:
             raise RuntimeLoadError(
                 f"expected {self.vocab_tokens} logits, the program gives {width}", hint="export it again"
@@ -89,13 +91,11 @@ class ExecutorchSequence:
 
     def append_all(self, token_ids: Sequence[int]) -> Logits:
         """See `TokenSequence`; token by token where the program was exported without ``generate_full_logits``."""
-        rows = self._model.evaluate(token_ids, self._length)
-        if len(rows) != len(token_ids):  # the whole piece gave one row: again, one at a time
-            rows = np.concatenate(
-                [self._model.evaluate([one], self._length + i) for i, one in enumerate(token_ids)]
-            )
-        self._length += len(token_ids)
-        return rows
+        if self._model.gives_all_rows:
+            rows = self._model.evaluate(token_ids, self._length)
+            self._length += len(token_ids)
+            return rows
+        return np.stack([self.append([token]) for token in token_ids])
 
     def rewind(self, length_tokens: int) -> None:
         """See `TokenSequence`: what lies behind the position is overwritten before it is read."""
