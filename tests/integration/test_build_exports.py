@@ -67,7 +67,7 @@ def test_a_profile_without_an_agent_gets_an_archive(tmp_path: Path) -> None:
     [
         ({**GENAI, "precision": "fp16"}, "crashes when it generates"),
         ({"profile": "android-mid", "runtime": "litert", "precision": "int4"}, "answers badly"),
-        ({**GENAI, "options": {"op_types_to_quantize": "MatMul/Gather"}}, "op_types_to_quantize"),
+        ({**GENAI, "options": {"exclude_embeds": "true"}}, "exclude_embeds"),
         ({**GGUF, "precision": "int4"}, "precision and options are for exports"),
     ],
 )
