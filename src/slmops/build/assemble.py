@@ -28,6 +28,7 @@ from slmops.build.cache import Cache, StepResult
 from slmops.build.conversations import Item, read_items
 from slmops.build.export.exported import LOG, ROLE
 from slmops.build.export.formats import format_of
+from slmops.build.export_plan import handed_over
 from slmops.build.first_steps import BASE
 from slmops.build.graph import SourceFile, Step
 from slmops.build.overlap import Overlap, frozen_set
@@ -45,6 +46,7 @@ from slmops.build.step_names import (
     SPEEDS,
     of_target,
 )
+from slmops.build.steps.archive import ARCHIVE
 from slmops.build.steps.export import CHUNK_MAP
 from slmops.build.verdicts import flips_estimate, judge, warnings_of
 from slmops.core.device.fit import ModelShape, Serving, effective_bandwidth, predict_decode_tps
@@ -131,6 +133,8 @@ def assemble(
                 **files,
             )
         )
+        if handed_over(read, target):
+            kept(f"archives/{target.key}.tar", of_target("archive", target), ARCHIVE)
         if target.is_export:
             for kind in ("export", "parity"):
                 name = of_target(kind, target)
@@ -409,6 +413,7 @@ def _exported_row(target: Target, results: Mapping[str, StepResult]) -> dict[str
             "export_s": made_by.seconds,
         },
         "parity": results[of_target("parity", target)].value,
+        "archive": results[archive].value if (archive := of_target("archive", target)) in results else None,
     }
 
 

@@ -8,6 +8,9 @@
     variants/<profile>/model.gguf       the file that ships
     variants/<profile>/chunk-map.json   how it is cut
     variants/<profile>/golden-expectations.json
+    variants/<profile>@<runtime>/       an export: files/, chunk-maps/, golden-expectations.json
+    archives/<profile>@<runtime>.tar    an export for a profile without an agent, with golden pack and how-to
+    logs/                               what exporters and engines wrote
 
 A directory is swapped in whole when it is complete. Model files are second names of cached files: read-only.
 """

@@ -122,6 +122,28 @@ def exported_speed_step(target: Target, speed_params: dict[str, Any]) -> Step:
     )
 
 
+def archive_step(read: ReadRecipe, target: Target) -> Step:
+    """One archive for a profile without an agent."""
+    form = format_of(target.runtime, target.precision)
+    inputs: dict[str, Source] = {
+        **variant_files(target),
+        "export": Output(of_target("export", target)),
+        "parity": Output(of_target("parity", target)),
+        "pack": Output(PACK, "golden-pack.json"),
+        "expectations": Output(of_target("expectations", target), "golden-expectations.json"),
+    }
+    params = {"runtime": form.runtime, "precision": form.precision}
+    params |= {"name": read.recipe.metadata.name, "profile": target.profile}
+    return Step(of_target("archive", target), "slmops.build.steps.archive:archive", inputs, params)
+
+
+def handed_over(read: ReadRecipe, target: Target) -> bool:
+    """Whether a target is exported for an application and not for an agent."""
+    if not target.is_export:
+        return False
+    return not (read.profiles[target.profile].agent and format_of(target.runtime, target.precision).served)
+
+
 def variant_files(target: Target) -> dict[str, Source]:
     """The files of an export, under their role; which ones there are is known when it has been made."""
     return {ROLE: Output(of_target("export", target), f"{ROLE}*")}

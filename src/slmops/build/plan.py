@@ -18,9 +18,11 @@ from dataclasses import dataclass
 
 from slmops.build.export.formats import format_of
 from slmops.build.export_plan import (
+    archive_step,
     export_steps,
     exported_measure_steps,
     exported_speed_step,
+    handed_over,
     source_step,
 )
 from slmops.build.first_steps import (
@@ -174,6 +176,7 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
     for target in exports:
         steps += exported_measure_steps(read, target, reference, held_out, evaluation)
     steps += [expect_step(target, targets) for target in targets]
+    steps += [archive_step(read, target) for target in exports if handed_over(read, target)]
     steps += [speed_step(read, target, variants[target.profile], evaluation) for target in ggufs]
     steps += [exported_speed_step(target, speed_params(read, evaluation)) for target in exports]
     if made.before_zeros is not None and ggufs:

@@ -15,7 +15,7 @@ from slmops.build.conversations import Item, canonical_answer, read_items, same_
 from slmops.build.files import sha256_of_file
 from slmops.build.graph import StepContext
 from slmops.core.errors import BuildError
-from slmops.runtimes import EngineSpec, open_engine
+from slmops.runtimes import EngineSpec, load, open_engine
 
 USES = ("slmops.build.conversations",)
 #: conversations at once: the engine decodes them in one batch
@@ -47,13 +47,20 @@ def ask(context: StepContext) -> dict[str, Any]:
 async def _ask_all(
     context: StepContext, items: Sequence[Item], constrained: Sequence[Item], schema: dict[str, Any] | None
 ) -> dict[str, Any]:
-    tokens = int(context.values["text"]["answer_tokens"])
+    tokens, params = int(context.values["text"]["answer_tokens"]), context.params
+    runtime = params.get("runtime", "llama.cpp")
+    capabilities = load(runtime).capabilities
+    caches = capabilities.kv_cache_types
+    most = params.get("context_tokens", PROMPT_TOKENS + tokens)  # of an export, whose context is fixed
+    slots = min(SLOTS, capabilities.max_slots or SLOTS)
+    if "response_format" not in capabilities.chat_fields:
+        constrained = []
     spec = EngineSpec(
-        runtime="llama.cpp",
+        runtime=runtime,
         model_path=context.files["model"],
-        context_tokens=PROMPT_TOKENS + tokens,
-        slots=SLOTS,
-        kv_cache="f16",
+        context_tokens=min(PROMPT_TOKENS + tokens, most),
+        slots=slots,
+        kv_cache="f16" if "f16" in caches else sorted(caches)[0],
         batch_tokens=512,
         ubatch_tokens=512,
     )
@@ -67,7 +74,7 @@ async def _ask_all(
     async with open_engine(spec) as engine:
         transport = httpx.AsyncHTTPTransport(uds=str(engine.socket_path))
         async with httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=None) as client:
-            turns = asyncio.Semaphore(SLOTS)
+            turns = asyncio.Semaphore(slots)
 
             async def one(item: Item, held_to: dict[str, Any] | None) -> str:
                 async with turns:

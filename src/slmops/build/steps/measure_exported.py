@@ -1,10 +1,10 @@
 """Measuring an exported variant: likelihoods, answers, golden scores and speed of the very files that ship.
 
-Two ways, chosen when the build is planned and recorded in its evidence. ``port``: the runtime's adapter and binding are
-installed here, so the variant is measured as a device would serve it, by the same steps as a GGUF. ``toolchain``: they are
-not, so the variant is measured through its own binding in the toolchain that exported it: the same arithmetic, without
-slmops' serving around it. Then conversations are rendered and tokenised by the source's engine, which the parity gate showed
-to give the same ids; answers cannot be held to a schema, and none are asked so.
+Likelihoods and golden scores come from the variant's own binding in the toolchain that exported it. Answers and speed come by one
+of two ways, chosen when the build is planned and recorded in its evidence. ``port``: the runtime's adapter and binding are
+installed here, so they are what a device would serve. ``toolchain``: they are not, so they come from the toolchain, too: the same
+arithmetic without slmops' serving around it. Then conversations are rendered and tokenised by the source's engine, which the
+parity gate showed to give the same ids; answers cannot be held to a schema, and none are asked so.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import numpy as np
 
 from slmops.artifact.manifest import GoldenPack, decode, golden_tokens_digest
 from slmops.build.conversations import read_items, shuffled
-from slmops.build.export.exported import exported, session
+from slmops.build.export.exported import Exported, exported, session
+from slmops.build.export.formats import MODEL_FACTS
 from slmops.build.graph import StepContext
 from slmops.build.steps import answers as answers_module
-from slmops.build.steps import divergence as divergence_module
 from slmops.build.steps import golden as golden_module
-from slmops.build.steps import speed as speed_module
 from slmops.build.steps.divergence import SAMPLED, Tail, divergence, figures, log_softmax
 from slmops.core.device.fit import ModelShape, Serving, memory_needed
-from slmops.runtimes import EngineSpec, open_engine
+from slmops.runtimes import EngineSpec, load, open_engine
+from slmops.runtimes.bench import bench_model
 
 _TOOLS = "slmops.build.export.tools"
 USES = (
@@ -39,8 +39,7 @@ USES = (
     "slmops.build.steps.answers",
     "slmops.build.steps.divergence",
     "slmops.build.steps.golden",
-    "slmops.build.steps.speed",
-    "slmops.runtimes.logit_source",
+    "slmops.runtimes.bench",
     "slmops.runtimes.registry",
     f"{_TOOLS}.pte",
     f"{_TOOLS}.genai",
@@ -56,9 +55,6 @@ PORT, TOOLCHAIN = "port", "toolchain"
 def likelihood(context: StepContext) -> dict[str, Any]:
     """As :func:`slmops.build.steps.divergence.compare`. Files in, too: ``text``, ``ids``, ``logprobs``, ``mass``."""
     with exported(context) as variant:
-        if context.params["through"] == PORT:
-            inner = replace(context, files={**context.files, "model": variant.model})
-            return {**divergence_module.compare(inner), "model_sha256": variant.sha256}
         ids, logprobs = np.load(context.files["ids"]), np.load(context.files["logprobs"])
         mass = np.load(context.files["mass"])
         width = ids.shape[1] - (SAMPLED if mass.any() else 0)
@@ -91,7 +87,9 @@ def answers(context: StepContext) -> dict[str, Any]:
     """As :func:`slmops.build.steps.answers.ask`. Files in besides the variant: ``source``, ``eval``, maybe ``schema``."""
     with exported(context) as variant:
         if context.params["through"] == PORT:
-            inner = replace(context, files={**context.files, "model": variant.model})
+            facts = json.loads((variant.folder / MODEL_FACTS).read_text(encoding="utf-8"))
+            told = {**context.params, "context_tokens": facts["context_tokens"]}
+            inner = replace(context, files={**context.files, "model": variant.model}, params=told)
             return {**answers_module.ask(inner), "model_sha256": variant.sha256}
         params = context.params
         items = shuffled(read_items(context.files["eval"]), params["seed"])
@@ -124,9 +122,6 @@ def answers(context: StepContext) -> dict[str, Any]:
 def golden_scores(context: StepContext) -> dict[str, Any]:
     """As :func:`slmops.build.steps.golden.score`. Files in besides the variant: ``source``, ``pack``."""
     with exported(context) as variant:
-        if context.params["through"] == PORT:
-            inner = replace(context, files={**context.files, "model": variant.model})
-            return {**golden_module.score(inner), "model_sha256": variant.sha256}
         pack = decode(context.files["pack"].read_bytes(), GoldenPack)
         tokens = asyncio.run(_golden_tokens(context, pack))
         scores = {}
@@ -144,8 +139,7 @@ def speed(context: StepContext) -> dict[str, Any]:
     with exported(context) as variant:
         params = context.params
         if params["through"] == PORT:
-            inner = replace(context, files={**context.files, "model": variant.model})
-            return {**speed_module.measure(inner), "model_sha256": variant.sha256, "through": PORT}
+            return _speed_as_served(context, variant)
         context.progress(None, "measuring speed in the toolchain, alone on this machine")
         with session(context, variant) as (tool, loaded):
             measured = tool.ask(
@@ -174,6 +168,50 @@ def speed(context: StepContext) -> dict[str, Any]:
             "model_sha256": variant.sha256,
             "through": TOOLCHAIN,
         }
+
+
+def _speed_as_served(context: StepContext, variant: Exported) -> dict[str, Any]:
+    """Through the runtime's adapter, with the settings that devices serve with, as far as the engine has them."""
+    params, runtime = context.params, variant.form.runtime
+    serving = Serving(**params["serving"])
+    capabilities = load(runtime).capabilities
+    caches = capabilities.kv_cache_types
+    spec = EngineSpec(
+        runtime=runtime,
+        model_path=variant.model,
+        context_tokens=min(serving.context_tokens, context.values["export"]["model"]["context_tokens"]),
+        slots=min(serving.parallel, capabilities.max_slots or serving.parallel),
+        kv_cache=serving.kv_cache if serving.kv_cache in caches else sorted(caches)[0],
+        batch_tokens=max(serving.micro_batch_tokens, 64),
+        ubatch_tokens=serving.micro_batch_tokens,
+    )
+    context.progress(None, "measuring speed as served, alone on this machine")
+    result = asyncio.run(
+        bench_model(
+            spec,
+            prompt_tokens=params["prompt_tokens"],
+            decode_tokens=params["decode_tokens"],
+            repeats=params["repeats"],
+        )
+    )
+    shape = ModelShape(**context.values["export"]["shape"])
+    return {
+        "runtime": {"name": runtime, "version": load(runtime).version()},
+        "load_s": result.load_s,
+        "prefill_tps": result.prefill_tps,
+        "decode_tps": result.decode_tps,
+        "ttft_s": result.ttft_s,
+        "rss_bytes": result.peak_rss_bytes,
+        "private_bytes": result.private_bytes,
+        "busy_ratio": result.busy_ratio,
+        "decode_tps_repeats": [round(repeat.decode_tps, 2) for repeat in result.repeats],
+        "threads": result.threads,
+        "prompt_tokens": result.prompt_tokens,
+        "decode_tokens": result.decode_tokens,
+        "predicted_rss_bytes": memory_needed(shape, serving).total_bytes,
+        "model_sha256": variant.sha256,
+        "through": PORT,
+    }
 
 
 async def _prompts(context: StepContext, conversations: Sequence[Any]) -> list[list[int]]:

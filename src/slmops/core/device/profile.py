@@ -30,6 +30,8 @@ class DeviceProfile:
         compute_flops: sustained multiply-add rate of prefill, operations per second.
         runtimes: inference engines that are installed, by name.
         accelerator: ``none`` or the accelerator's name.
+        agent: whether slmops' agent runs there. Where it does not (Android, iOS), builds export and prove a
+        model and hand it over as an archive; nothing is rolled out.
     """
 
     name: str
@@ -41,6 +43,7 @@ class DeviceProfile:
     compute_flops: int
     runtimes: tuple[str, ...] = ("llama.cpp",)
     accelerator: str = "none"
+    agent: bool = True
 
     def __post_init__(self) -> None:
         """Refuse names and sizes that would only fail later, on a device."""
@@ -87,6 +90,28 @@ BUILTIN_PROFILES: dict[str, DeviceProfile] = {
         DeviceProfile("pi-zero2-512mb", "aarch64", 400 * MiB, 2 * GiB, 4, 1_600_000_000, 8_000_000_000),
         DeviceProfile("pi5-8gb", "aarch64", 2 * GiB, 8 * GiB, 4, 9_000_000_000, 60_000_000_000),
         DeviceProfile("n100-16gb", "x86_64", 4 * GiB, 32 * GiB, 4, 16_000_000_000, 100_000_000_000),
+        DeviceProfile(
+            "android-mid",
+            "aarch64",
+            GiB,
+            4 * GiB,
+            4,
+            10_000_000_000,
+            60_000_000_000,
+            runtimes=("litert-lm", "litert", "executorch"),
+            agent=False,
+        ),
+        DeviceProfile(
+            "ios-mid",
+            "aarch64",
+            GiB,
+            4 * GiB,
+            2,
+            20_000_000_000,
+            120_000_000_000,
+            runtimes=("litert-lm", "executorch"),
+            agent=False,
+        ),
     )
 }
 

@@ -24,6 +24,7 @@ class Profile(Section):
     compute_flops: int
     runtimes: tuple[str, ...] = ("llama.cpp",)
     accelerator: str = "none"
+    agent: bool = True
 
     def profile(self) -> DeviceProfile:
         """As the core wants it."""
@@ -37,4 +38,5 @@ class Profile(Section):
             compute_flops=self.compute_flops,
             runtimes=self.runtimes,
             accelerator=self.accelerator,
+            agent=self.agent,
         )

@@ -44,8 +44,8 @@ def test_an_unknown_precision_names_the_known_ones() -> None:
 
 
 def test_options_that_give_files_that_do_not_load_are_refused() -> None:
-    with pytest.raises(DocumentError, match="op_types_to_quantize"):
-        refuse_options("onnxruntime-genai", {"op_types_to_quantize": "MatMul/Gather"})
+    with pytest.raises(DocumentError, match="exclude_embeds"):
+        refuse_options("onnxruntime-genai", {"exclude_embeds": "true"})
     refuse_options("onnxruntime-genai", {"block_size": "64"})
 
 
