@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from slmops.artifact.gguf_layout import parse_gguf
 from slmops.artifact.manifest import GoldenExpectations, decode
 from slmops.build import BuildResult, describe, load_build, run_build
 from slmops.cli.build.tables import print_weight_steps
-from slmops.core.errors import BaseModelError, DocumentError, UsageError
+from slmops.core.errors import BaseModelError, BuildError, DocumentError, UsageError
 
 SHAPE = {"layers": 3, "ffn": 512}
 TARGETS: tuple[dict[str, Any], ...] = ({"profile": "pi5-8gb", "budget": {"artifact_bytes": "140kB"}},)
@@ -99,6 +102,81 @@ def test_equal_inputs_give_equal_bytes(pruned: tuple[Path, BuildResult], tmp_pat
     again = run_build(recipe, tmp_path / "build", cache_dir=tmp_path / "cache", workers=0)
     assert again.build.variants[0].model == pruned[1].build.variants[0].model
     assert again.build.reference_sha256 == pruned[1].build.reference_sha256
+
+
+#: a build that says which step begins, so that it can be killed there
+SCRIPT = """
+import sys
+from pathlib import Path
+from slmops.build import run_build
+recipe, out, cache = map(Path, sys.argv[1:])
+run_build(recipe, out, cache_dir=cache, workers=1, progress=lambda e: print(e.state, e.step, flush=True))
+"""
+
+
+def test_a_build_killed_in_a_cut_goes_on_to_the_same_bytes(
+    pruned: tuple[Path, BuildResult], tmp_path: Path
+) -> None:
+    """With SIGKILL, while the step runs: nothing half done is taken for done, what was done is not done again."""
+    step = "prune depth"
+    recipe = project(tmp_path / "p", MERGE, ALL, {"sparsify": {"pattern": "2:4"}})
+    command = [sys.executable, "-c", SCRIPT, str(recipe), str(tmp_path / "build"), str(tmp_path / "c")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        done = []
+        for line in child.stdout:
+            state, _, name = line.strip().partition(" ")
+            done += [name] if state == "done" else []
+            if (state, name) == ("started", step):
+                child.kill()
+        assert child.wait() == -signal.SIGKILL
+    assert not (tmp_path / "build").exists()
+    cached: list[str] = []
+    result = run_build(
+        recipe,
+        tmp_path / "build",
+        cache_dir=tmp_path / "c",
+        workers=0,
+        progress=lambda event: cached.append(event.step) if event.state == "cached" else None,
+    )
+    assert step not in cached
+    assert set(done) - set(cached) == set()
+    assert result.build.variants[0].model == pruned[1].build.variants[0].model
+
+
+@pytest.mark.parametrize(
+    ("step", "broken"),
+    [
+        ("prune vocabulary", "slmops.build.steps.prune_vocabulary.cut"),
+        ("prune width", "slmops.build.steps.prune_blocks.narrow"),
+        ("prune depth", "slmops.build.steps.prune_blocks.check_depth"),
+        ("sparsify", "slmops.build.steps.sparsify.keep_mask"),
+    ],
+)
+def test_a_cut_that_failed_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, broken: str
+) -> None:
+    """A second run tries it again, and nothing that went well before it."""
+    recipe = project(tmp_path / "p", MERGE, ALL, {"sparsify": {"pattern": "2:4"}})
+
+    def fail(*_: object, **__: object) -> None:
+        raise BuildError("the memory went away", hint="run it again")
+
+    monkeypatch.setattr(broken, fail)
+    seen: list[list[tuple[str, str]]] = []
+    for _ in range(2):
+        seen.append([])
+        with pytest.raises(BuildError, match="went away"):
+            run_build(
+                recipe,
+                tmp_path / "build",
+                cache_dir=tmp_path / "c",
+                workers=0,
+                progress=lambda event: seen[-1].append((event.state, event.step)),
+            )
+    assert [name for state, name in seen[0] if state == "failed"] == [step]
+    assert [name for state, name in seen[1] if state == "failed"] == [step]
+    assert [name for state, name in seen[1] if state == "started"] == [step]
 
 
 @pytest.mark.parametrize(

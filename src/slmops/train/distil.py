@@ -54,7 +54,8 @@ class Distillation:
         rank: of ``lora``.
         epochs: how often the text is gone through.
         learning_rate: peak; ``lora`` takes ten times as much. (Full, at 1e-4 and on 4,000 tokens, a narrowed SmolLM2 got
-            no better on other text; at 2e-5 it did.)
+            no better on other text; at 2e-5 it did. At 5e-5 on 16,409 tokens, 69 steps: held-out divergence .1114 to .1090,
+            perplexity 18.83 to 18.38 of 18.15 before the cut; watched rows got better only where the rate had fallen.)
         seed: of the order of rows and of the additions.
         keep_zeros: weights that are zero in the blocks' matrices stay zero (after sparsify).
     """
