@@ -160,6 +160,9 @@ def test_builtin_profiles_are_unlike() -> None:
     profiles = list(BUILTIN_PROFILES.values())
     assert [name for name in BUILTIN_PROFILES] == [profile.name for profile in profiles]
     assert all(isinstance(profile, DeviceProfile) for profile in profiles)
+    profiles = [
+        profile for profile in profiles if profile.agent
+    ]  # phones have fast memory and lend little of it
     assert sorted(profiles, key=lambda p: p.ram_bytes) == sorted(
         profiles, key=lambda p: p.memory_bandwidth_bytes_s
     )
