@@ -31,6 +31,8 @@ ALLOWED = {
     "uvicorn",
     "websockets",
 }
+if sys.version_info < (3, 11):
+    ALLOWED |= {"exceptiongroup"}  # anyio's stand-in for what later Pythons have built in
 #: memory of a process that has imported everything the agent uses, TUF client included; measured 49 MB
 CEILING_BYTES = 64 << 20
 
