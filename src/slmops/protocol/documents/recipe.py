@@ -453,7 +453,8 @@ class Search(Section):
             before: half the context must at least halve the divergence. Left out: the context stays.
         speed: ``measure``: how fast each type decodes is measured here, and a target's ``decode_tps`` bounds its choice
             beside its bytes; a path: the table of another machine (JSON); none: bytes alone decide.
-        verify_tokens: calibration tokens on which the best choices are measured as they would ship; 0 trusts the tables.
+        verify_tokens: calibration tokens on which the best choices are measured as they would ship; 0 trusts the tables:
+            the default, because with gradients 13 measurements found nothing better (docs/adr/0013).
         neighbours: choices near the best one that are measured, too.
         feedback: quantise with error feedback (GPTQ): later columns make up for what earlier ones lost.
         sequential: in how many stages activations are collected again after the layers before were quantised (sequential
