@@ -13,6 +13,7 @@ from slmops.agent.main import EnrollOptions, enroll
 from slmops.cli.agent.folder import in_folder
 from slmops.cli.connection import json_option
 from slmops.cli.output import print_json
+from slmops.core.device.fit import EXTERNAL
 from slmops.core.device.profile import BUILTIN_PROFILES
 from slmops.core.errors import UsageError
 
@@ -75,7 +76,12 @@ def enroll_command(
     host, _, port = listen.rpartition(":")
     if not host or not port.isdigit():
         raise UsageError(f"--listen {listen!r} is not HOST:PORT", hint="write --listen 127.0.0.1:8421")
-    missing = sorted(set(runtimes) - set(installed_runtimes()))
+    if EXTERNAL in runtimes and external is None:
+        raise UsageError(
+            f"--runtime {EXTERNAL}: nothing says how the device's own server is started",
+            hint="give --external FILE too; see docs/howto/bring-your-own-server.md",
+        )
+    missing = sorted(set(runtimes) - {EXTERNAL, *installed_runtimes()})
     if missing:
         raise UsageError(
             f"--runtime {missing[0]}: not installed here; installed: {', '.join(installed_runtimes()) or 'none'}",
