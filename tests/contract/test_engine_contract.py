@@ -445,6 +445,24 @@ def test_score_is_teacher_forced(harness: Harness, workdir: Path) -> None:
     run(main())
 
 
+def test_tokens_that_are_no_whole_characters_are_scored_like_any_other(
+    harness: Harness, workdir: Path
+) -> None:
+    """Byte-level vocabularies cut rare characters into pieces; a golden pack's text has some."""
+
+    async def main() -> None:
+        async with opened(harness.spec, workdir) as (engine, _):
+            tokens = await engine.tokenize("the ferry Åland, 東京, 🙂!")
+            score = await engine.score(tokens, top_k=2)
+            assert len(score.logprobs) == len(tokens) - 1
+            assert all(value <= 0 for value in score.logprobs)
+            best = zip(score.logprobs, score.greedy_logprobs, strict=True)
+            assert all(value <= greedy + 1e-3 for value, greedy in best)
+            assert all(len(row) == 2 for row in score.top)
+
+    run(main())
+
+
 def test_score_refuses_what_it_cannot_score(harness: Harness, workdir: Path) -> None:
     """Too long, too short, unknown tokens and a wrong start are usage errors, and the engine lives on."""
 

@@ -5,6 +5,9 @@ those of the likeliest ones under the unbiased distribution. So each position is
 leaves no choice but the token that is really there: what is reported of it is what we want to know. The prompt stays
 in one slot's cache, so that a position costs one token's work.
 
+A token that is no whole character is held back by the server or refused, and with it what is known of it. There another
+token is forced, and the wanted one is looked up among the likeliest, or among all of them when it has to be.
+
 Source: llama.cpp, tools/server/server-context.cpp (`populate_token_probs` reads the logits before any sampler).
 """
 
@@ -21,6 +24,10 @@ from slmops.runtimes.ports import Score
 _BIAS = 1e9
 _SLOT = 0
 _MAX_TOP_K = 100
+#: tokens among which a held-back one is looked for first
+_LOOKED_AT = 1000
+#: what it answers when what was forced is the middle of a character
+_NO_TEXT = 500
 
 
 class Scorer:
@@ -31,6 +38,7 @@ class Scorer:
         self._vocab_tokens = vocab_tokens
         self._context_tokens = context_tokens
         self._lock = threading.Lock()
+        self._plain: int | None = None
 
     def score(self, token_ids: Sequence[int], *, start: int, top_k: int) -> Score:
         """See `Engine.score`.
@@ -66,6 +74,31 @@ class Scorer:
         self, token_ids: Sequence[int], position: int, top_k: int, *, cached: bool
     ) -> tuple[float, tuple[tuple[int, float], ...]]:
         wanted = token_ids[position]
+        forced = self._forced(token_ids, position, wanted, top_k, cached=cached)
+        if forced is not None and len(forced[1]) == top_k:
+            return forced
+        for looked_at in (_LOOKED_AT, self._vocab_tokens):
+            forced = self._forced(token_ids, position, self._plain_token(), looked_at, cached=True)
+            row = forced[1] if forced is not None else ()
+            for token, logprob in row:
+                if token == wanted:
+                    return logprob, row[:top_k]
+        raise HealthCheckError(
+            f"the external server tells nothing of the token at position {position}",
+            hint='its API is not llama-server\'s: declare "like": "openai"',
+        )
+
+    def _plain_token(self) -> int:
+        """A token that is a whole character."""
+        if self._plain is None:
+            _, answer = self._upstream.post("/tokenize", {"content": "a", "add_special": False})
+            self._plain = int(answer["tokens"][0])
+        return self._plain
+
+    def _forced(
+        self, token_ids: Sequence[int], position: int, wanted: int, top_k: int, *, cached: bool
+    ) -> tuple[float, tuple[tuple[int, float], ...]] | None:
+        """Log-probability of ``wanted``, forced, and the likeliest tokens there; None when it is no text by itself."""
         body = {
             "prompt": list(token_ids[:position]),
             "n_predict": 1,
@@ -77,9 +110,11 @@ class Scorer:
         }
         try:
             status, answer = self._upstream.post("/completion", body)
+            if status == _NO_TEXT or (status == 200 and not answer.get("completion_probabilities")):
+                return None
             (said,) = answer["completion_probabilities"]
             row = tuple((int(one["id"]), float(one["logprob"])) for one in said["top_logprobs"])
-            if status == 200 and int(said["id"]) == wanted and len(row) == top_k:
+            if status == 200 and int(said["id"]) == wanted:
                 return float(said["logprob"]), row
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise HealthCheckError(
