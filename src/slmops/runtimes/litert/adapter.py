@@ -1,9 +1,10 @@
 """The runtimes `litert` (``.tflite``) and `litert-lm` (``.litertlm``): LiteRT's kernels in the common child. Imports no binding.
 
 Both formats hold the same program, made by litert-torch: a signature for a piece of a prompt, one for a token. Google's
-own engine for ``.litertlm`` (``litert-lm-api`` 0.18.1) is not used: it takes text and gives text, so that it can give no
-log-probabilities (hence no golden pack), puts a BOS of its own before every prompt, whether the chat template has one
-or not, and has no stop strings. The program inside the file is run directly; what an answer is made of is ours.
+own engine for ``.litertlm`` (``litert-lm-api`` 0.18.1) is not used: by its Python interface it generates from text to text,
+without the logits that golden packs, sampling and grammars here rest on, and is reported to put a BOS of its own before
+prompts whose template has one already (its ``run_text_scoring`` was not tried). The program inside the file is run
+directly; what an answer is made of is ours.
 """
 
 from __future__ import annotations
