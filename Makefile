@@ -58,7 +58,7 @@ demo: $(STAMP) $(if $(findstring --runtimes,$(ARGS)),$(RUNTIMES_STAMP) $(EXECUTO
 	$(BIN)/slmops demo $(ARGS)
 
 test: $(STAMP)   ## all tests
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-train: $(TRAIN_STAMP)  ## the tests that need torch, in an environment of their own
 	$(TRAIN)/bin/python -m pytest -n 2 tests/unit/train tests/unit/build/test_hf_tokens.py tests/integration/test_build_recovered.py $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -11,37 +12,40 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.slow, pytest.mark.xdist_group("demo")]
+pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 1500
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("demo")
+    """One folder for all workers of this run."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / "the-demo"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def demo(work: Path) -> tuple[dict[str, Any], str]:
-    """One run; its summary and what it printed."""
-    out = work / "summary.json"
-    command = [
-        sys.executable,
-        "-m",
-        "slmops.cli.main",
-        "demo",
-        "--fast",
-        "--out",
-        str(out),
-        "--work",
-        str(work / "demo"),
-    ]
-    done = subprocess.run(
-        command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=DEADLINE_S, env={**os.environ}
-    )
-    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
-    return json.loads(out.read_text(encoding="utf-8")), done.stdout
+    """One run; its summary and what it printed. The worker that comes first runs it, the others wait for it."""
+    with (work / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ended = work / "ended.json"
+        if not ended.exists():
+            command = [
+                *(sys.executable, "-m", "slmops.cli.main", "demo", "--fast"),
+                *("--out", str(work / "summary.json"), "--work", str(work / "demo")),
+            ]
+            done = subprocess.run(
+                command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=DEADLINE_S
+            )
+            ended.write_text(json.dumps([done.returncode, done.stdout, done.stderr]), encoding="utf-8")
+    code, printed, errors = json.loads(ended.read_text(encoding="utf-8"))
+    assert code == 0, f"{printed[-6000:]}\n{errors[-6000:]}"
+    return json.loads((work / "summary.json").read_text(encoding="utf-8")), printed
 
 
 def test_three_variants_for_three_profiles_are_measured(demo: tuple[dict[str, Any], str]) -> None:

@@ -19,7 +19,7 @@ from slmops.testing.agent_process import AgentProcess
 from slmops.testing.control_plane import FakeControlPlane
 from slmops.testing.releases import SignedReleases
 
-pytestmark = [pytest.mark.model, pytest.mark.e2e, pytest.mark.xdist_group("gateway")]
+pytestmark = [pytest.mark.model, pytest.mark.e2e]
 
 SERVING = ServingSettings(
     context_tokens=256, kv_cache="q8_0", parallel=2, micro_batch_tokens=64, system_prompt="default"

@@ -66,13 +66,14 @@ class RuntimeMemory:
 
 _LLAMA_CPP = RuntimeMemory(RUNTIME_BASE_BYTES, kv_padding_tokens=256, logits_buffers=1)
 #: By runtime; a name that is not here is a server on llama.cpp's engine and takes its numbers. Measured on SmolLM2-135M with
-#: onnxruntime-genai 0.18.0 (fp32, int8, int4), ai-edge-litert 2.3.0 (int8) and ExecuTorch 1.5.1 (fp32, XNNPACK), x86-64; ExecuTorch's base is mostly torch.
+#: onnxruntime-genai 0.18.0 (fp32, int8, int4), ai-edge-litert 2.3.0 (int8) and ExecuTorch 1.5.1 (fp32, XNNPACK), x86-64;
+#: ExecuTorch's base is mostly torch.
 RUNTIME_MEMORY: dict[str, RuntimeMemory] = {
     "llama.cpp": _LLAMA_CPP,
     "onnxruntime-genai": RuntimeMemory(140 * (1 << 20), 1.22, "f32"),
     # XNNPACK keeps the file, packed copies of its weights and float32 embeddings; the cache is as long as the export made it
     "litert": RuntimeMemory(150 * (1 << 20), 3.2, "f32"),
-    "litert-lm": RuntimeMemory(150 * (1 << 20), 3.3, "f32"),
+    "litert-lm": RuntimeMemory(150 * (1 << 20), 3.2, "f32"),
     "executorch": RuntimeMemory(225 * (1 << 20), 1.27, "f32", max_parallel=1),
 }
 
