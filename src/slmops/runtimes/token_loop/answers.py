@@ -148,6 +148,7 @@ def _events(ticket: Ticket, gone: Callable[[], bool]) -> Iterator[Piece | End]:
             raise RuntimeFailure(event.message)
         assert isinstance(event, Piece | End)
         yield event
+        ticket.delivered()
         if isinstance(event, End):
             return
 

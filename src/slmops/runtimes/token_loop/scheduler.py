@@ -23,8 +23,8 @@ from slmops.runtimes.token_loop.sampler import Sampler, best_of, log_softmax
 from slmops.runtimes.token_loop.stops import StopFinder
 from slmops.runtimes.token_loop.text import Text, Utf8Stream
 
-#: After a token went out the loop sleeps this long, so that a binding that keeps Python's lock does not hold
-#: back its delivery.
+#: After a token the loop waits this long at most until it was written to its client, so that a binding that keeps Python's
+#: lock does not hold it back. Where nothing was to be written the loop sleeps as long: other requests need the lock, too.
 _YIELD_S = 0.0002
 
 
@@ -74,11 +74,43 @@ Event = Piece | End | Failure
 
 
 class Ticket:
-    """A request in the scheduler, from the side of the thread that answers it."""
+    """A request in the scheduler, from the side of the thread that answers it.
 
-    def __init__(self) -> None:
+    Args:
+        live: that thread wants every piece at once; else it is woken when the answer is complete.
+    """
+
+    def __init__(self, *, live: bool = False) -> None:
         self.events: queue.SimpleQueue[Event | dict[str, Any]] = queue.SimpleQueue()
         self.cancelled = False
+        self._live = live
+        self._held: list[Piece] = []
+        self._undelivered = threading.Lock()  # locked while a piece is on its way
+
+    def tell(self, event: Event | dict[str, Any]) -> None:
+        """From the scheduler: something happened."""
+        if isinstance(event, Piece) and not self._live:
+            self._held.append(event)
+            return
+        for piece in self._held:
+            self.events.put(piece)
+        self._held = []
+        if isinstance(event, Piece):
+            self._undelivered.acquire(blocking=False)
+        self.events.put(event)
+
+    def delivered(self) -> None:
+        """From the answering thread: what it took was written."""
+        if self._undelivered.locked():
+            self._undelivered.release()
+
+    def wait_delivered(self, until_s: float) -> bool:
+        """From the scheduler: give the answering thread time to write; tell whether there was something to write."""
+        if not self._undelivered.locked():
+            return False
+        if self._undelivered.acquire(timeout=max(until_s - time.monotonic(), 0.0)):
+            self._undelivered.release()
+        return True
 
     def cancel(self) -> None:
         """Nobody reads on: stop at the next token."""
@@ -138,7 +170,7 @@ class Scheduler:
 
     def submit(self, generation: Generation) -> Ticket:
         """Queue an answer."""
-        ticket = Ticket()
+        ticket = Ticket(live=generation.stream)
         self._enqueue(self._waiting, _Answer(self, generation, ticket))
         return ticket
 
@@ -174,13 +206,15 @@ class Scheduler:
             if scoring is not None and self._advance(scoring):
                 scoring = None
                 self._close_spare()
-            said = False
-            for work in list(active):
-                said = True
+            stepped = list(active)
+            for work in stepped:
                 if self._advance(work):
                     active.remove(work)
-            if said:
-                time.sleep(_YIELD_S)
+            if stepped:
+                until_s = time.monotonic() + _YIELD_S
+                # a list, not a generator: each of them is to be given its time
+                if not any([work.ticket.wait_delivered(until_s) for work in stepped]):
+                    time.sleep(_YIELD_S)
 
     def _advance(self, work: _Answer | _Scoring) -> bool:
         """One step of one request; tell whether it is over."""
@@ -191,7 +225,7 @@ class Scheduler:
             print(
                 f"error: {type(error).__name__} in a forward pass", flush=True
             )  # never a message: it may hold text
-            work.ticket.events.put(Failure(f"{type(error).__name__} in the runtime"))
+            work.ticket.tell(Failure(f"{type(error).__name__} in the runtime"))
             self._discard(work)
             return True
         finally:
@@ -286,7 +320,7 @@ class _Scoring:
         self._done = end
         if self._done < len(self._ids) - 1:
             return False
-        self.ticket.events.put(self._answer)
+        self.ticket.tell(self._answer)
         return True
 
     def _read(self, rows: Any, targets: Sequence[int]) -> None:
@@ -371,15 +405,15 @@ class _Answer:
 
     def _say(self, text: str) -> None:
         if text:
-            self.ticket.events.put(Piece(text, tuple(self._pending)))
+            self.ticket.tell(Piece(text, tuple(self._pending)))
             self._pending = []
 
     def _finish(self, reason: str) -> bool:
         tail = self._stops.feed(self._bytes.end()) + self._stops.end()
         if tail or self._pending:
-            self.ticket.events.put(Piece(tail, tuple(self._pending)))
+            self.ticket.tell(Piece(tail, tuple(self._pending)))
             self._pending = []
-        self.ticket.events.put(
+        self.ticket.tell(
             End(
                 "stop" if self._stops.found else reason,
                 len(self._wanted.prompt),
