@@ -11,8 +11,8 @@ printed and drawn (``--picture``). A binding may be in an environment of its own
 - KL: of the reference's 100 likeliest tokens and one bucket for all others, as far as both sides report them. So it is a lower
   bound, close to the whole one for models that agree; every runtime's own ``/score`` gives it.
 - Task: the likelier of several endings of a sentence, by the sum of their log-probabilities.
-- Served against bare: turn and turn about on the same prompts, threads, pieces and context, loaded in both orders (where a
-  process's memory lies is luck and makes a tenth of its speed); the geometric mean of the pairs' ratios. By CPU time, which
+- Served against bare: turn and turn about on the same prompts, threads, pieces and context, loaded in both orders
+  (processes that are alike were seen to differ by a tenth, for a reason not known); the geometric mean of the pairs' ratios. By CPU time, which
   others on the machine do not change much, and by the wall clock, which they do.
 """
 
@@ -352,9 +352,7 @@ async def measure(
         asked = asked or await asked_of(engine)
         compared = await pairs(engine, vocabulary) if speeds else []
         said = await said_by(engine, asked)
-    if (
-        speeds
-    ):  # the other order of loading: which process lies better in memory is luck, and differs by a tenth
+    if speeds:  # the other order of loading: processes that are alike were seen to differ by a tenth
         bare = await asyncio.to_thread(Bare, variant.spec())
         async with open_engine(variant.spec()) as engine:
             compared += await pairs(engine, vocabulary, bare)
