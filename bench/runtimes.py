@@ -11,9 +11,9 @@ printed and drawn (``--picture``). A binding may be in an environment of its own
 - KL: of the reference's 100 likeliest tokens and one bucket for all others, as far as both sides report them. So it is a lower
   bound, close to the whole one for models that agree; every runtime's own ``/score`` gives it.
 - Task: the likelier of several endings of a sentence, by the sum of their log-probabilities.
-- Served against bare: turn and turn about on the same prompts, threads, pieces and context, loaded in both orders
-  (processes that are alike were seen to differ by a tenth, for a reason not known); the geometric mean of the pairs' ratios. By CPU time, which
-  others on the machine do not change much, and by the wall clock, which they do.
+- Served against bare: turn and turn about on the same prompts, threads, pieces and context, loaded in both orders (processes
+  that are alike were seen to differ by a tenth, for a reason not known); the geometric mean of the pairs' ratios. By CPU
+  time, which others on the machine do not change much, and by the wall clock, which they do.
 """
 
 from __future__ import annotations
