@@ -54,7 +54,7 @@ $(CONFORMANCE_STAMP): pyproject.toml constraints/runtimes.txt
 	touch $(CONFORMANCE_STAMP)
 
 # a demo on other runtimes needs their environments
-demo: $(STAMP) $(if $(findstring --runtimes,$(ARGS)),$(RUNTIMES_STAMP) $(EXECUTORCH_STAMP))   ## the main job, end to end (make demo ARGS="--fast --out s.json")
+demo: $(STAMP) $(if $(findstring --runtimes,$(ARGS)),$(RUNTIMES_STAMP)) $(if $(or $(findstring executorch,$(ARGS)),$(findstring --runtimes all,$(ARGS))),$(EXECUTORCH_STAMP))   ## the main job, end to end (make demo ARGS="--fast --out s.json")
 	$(BIN)/slmops demo $(ARGS)
 
 test: $(STAMP)   ## all tests

@@ -51,7 +51,8 @@ GGML_TYPES: dict[int, tuple[str, int, int]] = {
 }
 TYPE_IDS: dict[str, int] = {name: type_id for type_id, (name, _, _) in GGML_TYPES.items()}
 
-_SCALARS = {
+#: metadata value type to its struct format
+SCALARS = {
     0: "<B",
     1: "<b",
     2: "<H",
@@ -211,8 +212,8 @@ class _Cursor:
 
     def value(self, kind: int, depth: int = 0) -> tuple[Value, int | None]:
         """A metadata value, and its length when it is an array."""
-        if kind in _SCALARS:
-            return self.scalar(_SCALARS[kind]), None
+        if kind in SCALARS:
+            return self.scalar(SCALARS[kind]), None
         if kind == _STRING:
             return self.string(), None
         if kind != _ARRAY or depth == _MAX_ARRAY_DEPTH:
@@ -223,8 +224,8 @@ class _Cursor:
         element, count = self.u32(), self.u64()
         if count <= _KEPT_ELEMENTS:
             return [self.value(element, depth + 1)[0] for _ in range(count)], count
-        if element in _SCALARS:
-            self.take(count * struct.calcsize(_SCALARS[element]), keep=False)
+        if element in SCALARS:
+            self.take(count * struct.calcsize(SCALARS[element]), keep=False)
         else:
             for _ in range(count):
                 self.value(element, depth + 1)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slmops.artifact.gguf_layout import Tensor
+from slmops.artifact.gguf_layout import SCALARS, Tensor
 from slmops.build.gguf_file import GgufFile, array_elements, metadata_value
 from slmops.build.hf.architectures import EMBEDDING, OUTPUT, ROPE_FACTORS
 from slmops.build.hf.sentencepiece import CONTROL, USER_DEFINED
@@ -53,19 +53,6 @@ _FIXED = {
 _PLAIN = {"F16": "F16", "F32": "F32", "BF16": "BF16"}
 _LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 _STRING, _ARRAY, _BOOL = 8, 9, 7
-_SCALARS = {
-    0: "<B",
-    1: "<b",
-    2: "<H",
-    3: "<h",
-    4: "<I",
-    5: "<i",
-    6: "<f",
-    7: "<?",
-    10: "<Q",
-    11: "<q",
-    12: "<d",
-}
 
 
 @dataclass(frozen=True)
@@ -313,8 +300,8 @@ def value_of(model: GgufFile, key: str, default: Any) -> Any:
     if kind == _STRING:
         (length,) = struct.unpack_from("<Q", raw, 4)
         return raw[12 : 12 + length].decode("utf-8", "replace")
-    if kind in _SCALARS:
-        return struct.unpack_from(_SCALARS[kind], raw, 4)[0]
+    if kind in SCALARS:
+        return struct.unpack_from(SCALARS[kind], raw, 4)[0]
     return default
 
 

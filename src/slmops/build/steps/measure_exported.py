@@ -26,6 +26,7 @@ from slmops.build.graph import StepContext
 from slmops.build.steps import answers as answers_module
 from slmops.build.steps import golden as golden_module
 from slmops.build.steps.divergence import SAMPLED, Tail, divergence, figures, log_softmax
+from slmops.build.steps.speed import figures_of
 from slmops.core.device.fit import ModelShape, Serving, memory_needed
 from slmops.runtimes import EngineSpec, load, open_engine
 from slmops.runtimes.bench import bench_model
@@ -39,6 +40,8 @@ USES = (
     "slmops.build.steps.answers",
     "slmops.build.steps.divergence",
     "slmops.build.steps.golden",
+    "slmops.build.steps.speed",
+    "slmops.core.device.fit",
     "slmops.runtimes.bench",
     "slmops.runtimes.registry",
     f"{_TOOLS}.pte",
@@ -164,7 +167,9 @@ def speed(context: StepContext) -> dict[str, Any]:
             "threads": 1,
             "prompt_tokens": params["prompt_tokens"],
             "decode_tokens": params["decode_tokens"],
-            "predicted_rss_bytes": memory_needed(shape, Serving(**params["serving"])).total_bytes,
+            "predicted_rss_bytes": memory_needed(
+                shape, Serving(**params["serving"]), variant.form.runtime
+            ).total_bytes,
             "model_sha256": variant.sha256,
             "through": TOOLCHAIN,
         }
@@ -197,18 +202,8 @@ def _speed_as_served(context: StepContext, variant: Exported) -> dict[str, Any]:
     shape = ModelShape(**context.values["export"]["shape"])
     return {
         "runtime": {"name": runtime, "version": load(runtime).version()},
-        "load_s": result.load_s,
-        "prefill_tps": result.prefill_tps,
-        "decode_tps": result.decode_tps,
-        "ttft_s": result.ttft_s,
-        "rss_bytes": result.peak_rss_bytes,
-        "private_bytes": result.private_bytes,
-        "busy_ratio": result.busy_ratio,
-        "decode_tps_repeats": [round(repeat.decode_tps, 2) for repeat in result.repeats],
-        "threads": result.threads,
-        "prompt_tokens": result.prompt_tokens,
-        "decode_tokens": result.decode_tokens,
-        "predicted_rss_bytes": memory_needed(shape, serving).total_bytes,
+        **figures_of(result),
+        "predicted_rss_bytes": memory_needed(shape, serving, runtime).total_bytes,
         "model_sha256": variant.sha256,
         "through": PORT,
     }

@@ -11,9 +11,9 @@ from slmops.build.graph import StepContext
 from slmops.build.steps.memory import serving_of_step
 from slmops.core.device.fit import memory_needed
 from slmops.runtimes import EngineSpec, load
-from slmops.runtimes.bench import bench_model
+from slmops.runtimes.bench import BenchResult, bench_model
 
-USES = ("slmops.build.steps.memory", "slmops.runtimes.bench")
+USES = ("slmops.build.steps.memory", "slmops.core.device.fit", "slmops.runtimes.bench")
 
 
 def measure(context: StepContext) -> dict[str, Any]:
@@ -48,6 +48,15 @@ def measure(context: StepContext) -> dict[str, Any]:
         predicted = memory_needed(model.layout.shape(), serving)
     return {
         "runtime": {"name": "llama.cpp", "version": load("llama.cpp").version()},
+        **figures_of(result),
+        "predicted_rss_bytes": predicted.total_bytes,
+        "model_sha256": sha256_of_file(context.files["model"]),
+    }
+
+
+def figures_of(result: BenchResult) -> dict[str, Any]:
+    """What a bench says, as evidence holds it."""
+    return {
         "load_s": result.load_s,
         "prefill_tps": result.prefill_tps,
         "decode_tps": result.decode_tps,
@@ -59,6 +68,4 @@ def measure(context: StepContext) -> dict[str, Any]:
         "threads": result.threads,
         "prompt_tokens": result.prompt_tokens,
         "decode_tokens": result.decode_tokens,
-        "predicted_rss_bytes": predicted.total_bytes,
-        "model_sha256": sha256_of_file(context.files["model"]),
     }

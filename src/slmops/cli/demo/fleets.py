@@ -90,7 +90,7 @@ def fleet_for(runtimes: str) -> DemoFleet:
         members,
         canary=members[0].name,
         recipe="runtimes-recipe.yaml",
-        targets=tuple(dict.fromkeys("pi5-8gb" if key == "pi5-8gb" else key for key in keys)),
+        targets=tuple(dict.fromkeys(keys)),
         blueprint="runtimes-blueprint.yaml",
     )
 
