@@ -65,6 +65,7 @@ test-train: $(TRAIN_STAMP)  ## the tests that need torch, in an environment of t
 
 test-runtimes: $(RUNTIMES_STAMP)  ## the contract of every engine without torch (make test-runtimes MARKS=model: with the real model too)
 	$(RUNTIMES)/bin/python -m pytest -n 2 -q $(ENGINE_TESTS) -m "$(MARKS)" $(ARGS)
+	SLMOPS_MAKE_TOOLCHAINS=1 $(RUNTIMES)/bin/python -m pytest -q tests/integration/test_build_exports.py
 
 test-executorch: $(EXECUTORCH_STAMP)  ## the same contract for ExecuTorch, which needs torch
 	$(EXECUTORCH)/bin/python -m pytest -n 2 -q $(ENGINE_TESTS) -m "$(MARKS)" -k executorch $(ARGS)
