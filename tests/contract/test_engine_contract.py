@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.support.standstill import stand_still
 from tests.support.stock_server import write_stock_config
 
 from slmops.core.errors import NotFoundError, RuntimeLoadError, SlmopsError, UsageError
@@ -632,13 +633,13 @@ def test_a_hang_is_told_from_work(harness: Harness, workdir: Path) -> None:
             body = chat_body(messages=[{"role": "user", "content": harness.long_text}], max_tokens=2)
             work = asyncio.create_task(client.post("/v1/chat/completions", json=body))
             assert await engine.healthy(30.0)
-            os.kill(engine.pid, signal.SIGSTOP)
+            stand_still(engine.pid)
             assert not await engine.healthy(0.3)
             assert engine.alive()
             os.kill(engine.pid, signal.SIGCONT)
             assert (await work).status_code == 200
             assert await engine.healthy(30.0)
-        os.kill(engine.pid, signal.SIGSTOP)
+        stand_still(engine.pid)
         await engine.stop(grace_s=0.1)
         assert not engine.alive()
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from tests.support.standstill import stand_still
 
 from slmops.core.errors import RuntimeLoadError
 from slmops.runtimes import load
@@ -110,7 +109,7 @@ def test_an_agent_serves_refuses_and_reverts(runtime: str, plane: FakeControlPla
 
         # a hang: the engine stands still, is ended and started again, and the request in it is answered
         (engine,) = device.engines()
-        os.kill(engine, signal.SIGSTOP)
+        stand_still(engine)
         assert ask(device).json()["choices"][0]["message"]["content"] == "Red, green and blue."
         assert device.engines() != [engine]
 
