@@ -345,10 +345,8 @@ def test_lost_counters_go_on_after_what_the_control_plane_has_seen(
     else:
         device.layout.counters.write_bytes(counters)
     plane.reports.clear()
-    began = time.monotonic()
     device.start()
-    plane.wait_for(lambda p: p.last is not None and p.last.seq > seen, 10)
-    assert time.monotonic() - began < 10
+    plane.wait_for(lambda p: p.last is not None and p.last.seq > seen)
     assert plane.refused_seqs == 1
 
 

@@ -25,7 +25,8 @@ class LinkProfile:
         rate_bytes_s: bytes per second, of all connections together; None for no limit.
         delay_s: added to the first byte after every pause, each way.
         break_ratio: chance, 0..1, with which a block of 16 KiB breaks its connection.
-        cut_after_s, cut_for_s: a partition: no connection lives in it; counted from the first connection.
+        cut_after_s, cut_for_s: a partition: none can be made, and one that is used in it ends; counted from the
+            first connection.
     """
 
     rate_bytes_s: float | None = None
