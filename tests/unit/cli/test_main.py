@@ -112,6 +112,19 @@ def test_an_unenrolled_folder_says_how_to_enrol(tmp_path: Path, capsys: pytest.C
     assert "fix: run: slmops agent enroll" in err
 
 
+def test_a_profile_without_an_agent_cannot_enrol(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is asked of the control plane, whose token would be spent: no such device runs the agent."""
+    folder = tmp_path / "device"
+    code, _, err = _run(
+        capsys, "agent", "enroll", "http://127.0.0.1:9", "t", "--profile", "ios-mid", "--dir", str(folder)
+    )
+    assert code == 2
+    assert "its profile is for exports only" in err
+    assert "archives/ios-mid@*.tar" in err
+    assert "pi5-8gb" in err and "android-mid" not in err
+    assert not folder.exists()
+
+
 def test_errors_are_json_when_json_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = _run(capsys, "agent", "status", "--dir", str(tmp_path), "--json")
     assert code == 2 and out == ""

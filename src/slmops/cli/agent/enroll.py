@@ -94,6 +94,12 @@ def enroll_command(
             "exactly like this, and its memory limit is this machine's unless --ram-limit-bytes is given",
             err=True,
         )
+    elif not known.agent:
+        raise UsageError(
+            f"--profile {profile}: slmops' agent does not run on such a device; its profile is for exports only",
+            hint=f"hand over the build's archives/{profile}@*.tar to the application; here, write one of "
+            f"{', '.join(name for name, other in BUILTIN_PROFILES.items() if other.agent)}",
+        )
     config = enroll(
         EnrollOptions(
             directory=directory,
