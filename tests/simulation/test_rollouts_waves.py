@@ -317,8 +317,10 @@ def test_a_person_can_roll_back_a_completed_rollout(plane: World) -> None:
     assert running(plane) == {"1.1.0"}
     plane.act(rollout_id, "rollback")
     plane.rounds(4)
-    assert plane.rollout(rollout_id).phase == "rolled_back"
+    done = plane.rollout(rollout_id)
+    assert done.phase == "rolled_back"
     assert running(plane) == {"1.0.0"}
+    assert (done.counts.committed, done.counts.reverted, done.counts.in_flight) == (0, 3, 0)
 
 
 def test_a_first_release_that_cannot_be_taken_back_says_so(plane: World) -> None:

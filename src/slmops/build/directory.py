@@ -138,7 +138,7 @@ def describe(build: Build) -> dict[str, Any]:
                 "profile": v.profile,
                 "also_for": list(v.also_for),
                 "runtime": msgspec.to_builtins(v.runtime),
-                "artifact_bytes": v.model.bytes,
+                "artifact_bytes": v.artifact_bytes,
                 "sha256": v.model.sha256,
                 "measured": {name: getattr(v.measured, name) for name in v.measured.__struct_fields__},
                 "quantised": v.quantised,
@@ -220,7 +220,7 @@ _OF_THE_SET = (
 def _variant_diff(old: BuiltVariant, new: BuiltVariant, comparable: bool) -> dict[str, Any]:
     changed: dict[str, Any] = {}
     _note(changed, "sha256", old.model.sha256, new.model.sha256)
-    _note(changed, "artifact_bytes", old.model.bytes, new.model.bytes)
+    _note(changed, "artifact_bytes", old.artifact_bytes, new.artifact_bytes)
     for name in old.measured.__struct_fields__:
         if comparable or name not in _OF_THE_SET:
             _note(changed, name, getattr(old.measured, name), getattr(new.measured, name))

@@ -62,7 +62,7 @@ def points(build: Build) -> list[dict[str, Any]]:
     found = [
         {
             "profile": v.profile,
-            "artifact_bytes": v.model.bytes,
+            "artifact_bytes": v.artifact_bytes,
             "kld_mean": v.measured.kld_mean,
             "decode_tps": v.measured.decode_tps,
         }

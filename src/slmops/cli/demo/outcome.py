@@ -33,8 +33,8 @@ def summary_of(
 
     Args:
         described: the good build, as ``slmops build show --json`` gives it.
-        rollouts: of the good release, then of the bad one.
-        tally: what the client saw during the second.
+        rollouts: of the good release, of the bad one, and of one that was taken back where there was one.
+        tally: what the client saw from the second on.
         devices: as the control plane knows them at the end.
         seconds: since the demo began.
     """
@@ -42,6 +42,7 @@ def summary_of(
         "variants": [
             {
                 "profile": variant["profile"],
+                "runtime": variant["runtime"]["name"],
                 "artifact_bytes": variant["artifact_bytes"],
                 **{name: variant["measured"].get(name) for name in _MEASURED},
             }
@@ -79,6 +80,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     rows = [
         (
             variant["profile"],
+            variant["runtime"],
             megabytes(variant["artifact_bytes"]),
             f"{variant['bits_per_weight']:.2f}",
             f"{variant['kld_mean']:.4f}",
@@ -89,7 +91,10 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         )
         for variant in summary["variants"]
     ]
-    print_table(("variant", "file", "bits/w", "mean KL", "same top", "decode/s", "peak RSS", "exact"), rows)
+    print_table(
+        ("variant", "runtime", "bytes", "bits/w", "mean KL", "same top", "decode/s", "peak RSS", "exact"),
+        rows,
+    )
     click.echo()
     print_table(
         ("release", "outcome", "committed", "reverted", "untouched"),
@@ -98,10 +103,10 @@ def print_summary(summary: Mapping[str, Any]) -> None:
             for r in summary["rollouts"]
         ],
     )
-    click.echo(f"\n{summary['rollouts'][-1]['reason']}")
+    click.echo(f"\n{summary['rollouts'][1]['reason']}")
     requests = summary["requests"]
     click.echo(
-        f"requests during the bad rollout: {requests['served']} served, {requests['failed']} failed · "
+        f"requests from the bad rollout on: {requests['served']} served, {requests['failed']} failed · "
         f"moved to devices: {megabytes(summary['moved_bytes'])} · {summary['seconds']:.0f} s"
     )
 
@@ -114,7 +119,7 @@ def unexpected(summary: Mapping[str, Any], fleet_size: int, good: str) -> list[s
         fleet_size: devices.
         good: version that every device must run in the end.
     """
-    first, second = summary["rollouts"]
+    first, second, *taken_back = summary["rollouts"]
     problems = []
     if first["outcome"] != Phase.COMPLETED.value or first["committed"] != fleet_size:
         problems.append(f"the good release: {first['outcome']}, {first['committed']} of {fleet_size} devices")
@@ -123,6 +128,11 @@ def unexpected(summary: Mapping[str, Any], fleet_size: int, good: str) -> list[s
         problems.append(
             f"the bad release: {second['outcome']}, {second['committed']} committed, {second['untouched']} untouched"
         )
+    for third in taken_back:
+        if third["outcome"] != Phase.ROLLED_BACK.value or third["reverted"] != fleet_size:
+            problems.append(
+                f"the release that was taken back: {third['outcome']}, {third['reverted']} of {fleet_size} reverted"
+            )
     if summary["requests"]["failed"] or not summary["requests"]["served"]:
         problems.append(f"requests: {summary['requests']}")
     if any(not device["release"].endswith(good) for device in summary["devices"]):

@@ -31,8 +31,9 @@ from slmops.cli.rollout.printing import print_rollout
 from slmops.client.records import RolloutDetail
 from slmops.core.device.fit import EXTERNAL
 from slmops.core.errors import BugError, BusyError, GateError, NotFoundError
+from slmops.core.rollout.machine import Phase
 
-GOOD, BAD = "1.0.0", "1.0.1"
+GOOD, BAD, NEXT = "1.0.0", "1.0.1", "1.0.2"
 _ROLLOUT_TIMEOUT_S = 420.0
 #: where the control plane listens unless somebody has it: the commands' default, so that they work without --server
 _SERVER_PORT = 8420
@@ -100,8 +101,11 @@ class Scenario:
         bad_bundle = self._release(bad, BAD, self._waivers_for(bad))
         self._publish(bad_bundle)
         self._start_load()
-        second = self._roll_out(BAD)
-        self._summarise(good, [first, second])
+        rollouts = [first, self._roll_out(BAD)]
+        if self.options.fleet is not USUAL:
+            self._say(f"7 · taken back: {NEXT} reaches every engine, and its operator changes their mind")
+            rollouts += [self._take_back(good)]
+        self._summarise(good, rollouts)
         return self.summary
 
     # ---- build and sign ----------------------------------------------------------------------------------------------
@@ -244,6 +248,17 @@ class Scenario:
         if version == GOOD:
             self._say_limits()
         return found
+
+    def _take_back(self, build: Path) -> RolloutDetail:
+        """Roll out one more release, and undo it: each engine swaps forth and back while it is asked."""
+        self._publish(self._release(build, NEXT, {}))
+        there = self._roll_out(NEXT)
+        if there.phase != Phase.COMPLETED.value:
+            return there
+        self._fleet.plane.rollout_action(there.id, "rollback", "drill: every device goes back")
+        back = self._fleet.follow(there.id, _ROLLOUT_TIMEOUT_S, say=lambda line: click.echo(f"  {line}"))
+        print_rollout(back)
+        return back
 
     def _engine_of(self, device: str) -> str:
         """`` on ENGINE``, for a device that is held to one."""

@@ -12,9 +12,14 @@ def progress_line(found: RolloutDetail) -> str:
     """One line that says where a rollout stands."""
     c = found.counts
     wave = f"wave {found.wave + 1}/{found.waves_total}" if found.wave >= 0 else "not begun"
-    failed = c.reverted + c.failed + c.presumed_failed
+    failed = c.failed + c.presumed_failed
     counts = f"{c.committed} committed, {c.in_flight} in flight, {failed} failed, {c.untouched} untouched"
-    rare = (("refused", c.refused), ("withdrawn", c.withdrawn), ("not reached", c.not_reached))
+    rare = (
+        ("reverted", c.reverted),
+        ("refused", c.refused),
+        ("withdrawn", c.withdrawn),
+        ("not reached", c.not_reached),
+    )
     counts += "".join(f", {number} {word}" for word, number in rare if number)
     return f"{found.id} {found.phase:<14} {wave}: {counts}"
 

@@ -242,5 +242,5 @@ def _ask_paired(gate: PairedGate, wave: Sequence[DeviceEvidence]) -> Finding:
     return Finding(
         gate.metric,
         Verdict.PASS,
-        f"{len(measured)} devices kept their golden answers (at most {gate.max_drop:g} lost)",
+        f"{len(measured)} of {len(committed)} devices of this wave kept their golden answers (at most {gate.max_drop:g} lost)",
     )

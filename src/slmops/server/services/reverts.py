@@ -16,8 +16,6 @@ from slmops.server.services.evidence import is_resting
 OUTSTANDING = ("wanted", "ordered")
 #: an answer that was on its way while the offer was withdrawn is on disk as delivered by then
 IN_THE_AIR = timedelta(seconds=2)
-#: an answer that was on its way while the offer was withdrawn is on disk as delivered by then
-IN_THE_AIR = timedelta(seconds=2)
 
 
 def take_back(
