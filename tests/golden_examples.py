@@ -197,6 +197,9 @@ MESSAGES: dict[str, msgspec.Struct] = {
     "checkin-request-idle": p.CheckinRequest(1, "b-1", 1, 0, "idle"),
     "checkin-response": p.CheckinResponse(1, 41, 30.0, ASSIGNMENT),
     "checkin-response-quiet": p.CheckinResponse(1, 42, 30.0),
+    "assignment-windows": p.Assignment(
+        1, 14, "run", fake("6"), download_window="0 1 * * * +4h", activate_window="0 3 * * 0 +2h"
+    ),
     "assignment-withdraw": p.Assignment(1, 13, "withdraw", fake("6"), rollout_id="r-2026-11-23-1"),
     "problem": p.Problem(
         "urn:slmops:error:trust.digest",

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 
 import httpx
 import msgspec
 import pytest
 
+from slmops.artifact.chunkmap import decode_chunk_map
 from slmops.cli.local_fleet.asking import ask
 from slmops.core.device.machine import Phase
 from slmops.testing.agent_process import AgentProcess, make_bad_release, make_release
@@ -202,6 +205,40 @@ def test_serves_without_the_control_plane_and_reverts_offline(
         assert device.ask().headers["X-Slmops-Release"].startswith("assistant@1.0.0")
 
 
+def test_windows_hold_back_download_and_activation(
+    device: AgentProcess, plane: FakeControlPlane, first, second
+) -> None:
+    """What serves goes on; a restart inside the wait changes nothing; an order without windows ends the wait."""
+    device.start()
+    _commit(plane, first, 1)
+    in_twelve_hours = f"0 {(datetime.now(timezone.utc).astimezone().hour + 12) % 24} * * * +1h"
+    order = second.assignment(2)
+    model = second.variant.model_file()
+    chunk_map = decode_chunk_map(plane.releases.blobs[model.chunk_map.sha256])
+    new = {chunk.sha256 for _, chunk in chunk_map.offsets()} - set(plane.fetched)
+
+    plane.assignment = msgspec.structs.replace(order, download_window=in_twelve_hours)
+    plane.wait_for(lambda p: p.last is not None and p.last.phase == "downloading")
+    _until_log(device, "download waits for its window")
+    assert new
+    assert not new & set(plane.fetched)
+    assert device.ask().headers["X-Slmops-Release"].startswith("assistant@1.0.0")
+
+    plane.assignment = msgspec.structs.replace(order, generation=3, activate_window=in_twelve_hours)
+    plane.wait_for(lambda p: p.last is not None and p.last.phase == "staged", 90)
+    assert new <= set(plane.fetched)
+    device.stop()
+    device.start()
+    plane.wait_for(lambda p: p.last is not None and p.last.phase == "staged")
+    assert device.ask().headers["X-Slmops-Release"].startswith("assistant@1.0.0")
+
+    plane.assignment = msgspec.structs.replace(order, generation=4)
+    plane.wait_for(
+        lambda p: p.last is not None and p.last.phase == "committed" and p.last.generation == 4, 90
+    )
+    assert device.ask().headers["X-Slmops-Release"].startswith("assistant@1.1.0")
+
+
 @pytest.mark.parametrize("fault", ["flip_chunks", "truncate_chunks", "endless_chunks", "refuse_chunks"])
 def test_spoiled_downloads_are_fetched_again(
     device: AgentProcess, plane: FakeControlPlane, first, fault: str
@@ -334,10 +371,15 @@ def _caught_in(device: AgentProcess, plane: FakeControlPlane, made, phase: Phase
     raise AssertionError(f"{phase.value} was never seen")
 
 
+def _until_log(device: AgentProcess, text: str) -> None:
+    end = time.monotonic() + 60
+    while text not in device.text():
+        assert time.monotonic() < end, device.text()[-2000:]
+        time.sleep(0.05)
+
+
 def _until_journal(device: AgentProcess, phase: Phase, digest: str | None) -> None:
     """Poll the journal, quickly: a phase may last only milliseconds."""
-    import time
-
     end = time.monotonic() + 60
     while time.monotonic() < end:
         state = device.journal().state

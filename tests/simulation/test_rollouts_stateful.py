@@ -55,6 +55,7 @@ class RolloutService(RuleBasedStateMachine):
         self.fates: dict[tuple[str, str], str] = {}
         self.issued: dict[str, int] = {}
         self.turns = 3
+        self.priority, self.text = 0, ""
         self._enroll(3)
 
     def teardown(self) -> None:
@@ -89,17 +90,27 @@ class RolloutService(RuleBasedStateMachine):
         version=st.sampled_from(VERSIONS),
         on_abort=st.sampled_from(["hold", "revert_all", "hold", "revert_uncommitted"]),
         approvals=st.sampled_from([0, 0, 0, 1]),
+        again=st.sampled_from([False, False, True]),
     )
-    def a_blueprint_is_applied(self, name: str, version: str, on_abort: str, approvals: int) -> None:
-        """A change begins, or is found to be no change."""
-        text = blueprint(
-            name,
-            version=version,
-            selector="" if name == "all" else "site = s0",
-            on_abort=on_abort,
-            approvals=approvals,
-            deadlines="{acknowledge_s: 400, update_s: 200}",
+    def a_blueprint_is_applied(
+        self, name: str, version: str, on_abort: str, approvals: int, again: bool
+    ) -> None:
+        """A change begins, or is found to be no change; the newest blueprint has the highest priority."""
+        self.priority += not again or not self.text
+        text = (
+            self.text
+            if again and self.text
+            else blueprint(
+                name,
+                version=version,
+                selector="" if name == "all" else "site = s0",
+                on_abort=on_abort,
+                approvals=approvals,
+                deadlines="{acknowledge_s: 400, update_s: 200}",
+                priority=self.priority,
+            )
         )
+        self.text = text
         self.world.apply(text)
         self.turns = 0  # give it time before the next change: a walk of changes alone reaches nothing
 
@@ -136,11 +147,13 @@ class RolloutService(RuleBasedStateMachine):
     @precondition(lambda self: self.newest_is("scheduled", "open", "baking", "paused"))
     @rule(version=st.sampled_from(VERSIONS))
     def a_change_overtakes_another(self, version: str) -> None:
-        """Another blueprint takes the same devices: the older rollout ends as superseded, at once."""
+        """A blueprint of higher priority takes the same devices: the older rollout ends as superseded, at once."""
         older = self.newest()
         assert older is not None
-        self.world.apply(blueprint(f"over-{older.id}", version=version))
-        assert self.world.rollout(older.id).phase == "superseded"
+        self.priority += 1
+        self.world.apply(blueprint(f"over-{older.id}", version=version, priority=self.priority))
+        if older.counts.devices:  # one whose devices all belong to a higher priority has nothing to lose
+            assert self.world.rollout(older.id).phase == "superseded"
 
     @precondition(lambda self: self.newest_is("awaiting_approval"))
     @rule()

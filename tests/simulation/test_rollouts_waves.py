@@ -187,7 +187,7 @@ def test_a_newer_rollout_on_the_same_devices_supersedes_the_older_one(plane: Wor
     older = plane.apply(blueprint("first", version="1.0.0"))
     plane.rounds(2)
     plane.publish("1.1.0", 2)
-    text = blueprint("second", version="1.1.0")
+    text = blueprint("first", version="1.1.0")
     assert plane.services.blueprints.plan(OPERATOR, text, "b.yaml").supersedes == (older,)
     newer = plane.apply(text)
     assert plane.rollout(older).phase == "superseded"

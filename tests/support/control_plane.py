@@ -557,6 +557,8 @@ def blueprint(
     approvals: int = 0,
     on_abort: str = "revert_all",
     deadlines: str = "{acknowledge_s: 3600, update_s: 600}",
+    priority: int = 0,
+    overlays: str = "",
 ) -> str:
     """A blueprint's text; promotes at once when a wave has passed."""
     reference = f"version: {version}" if version else f"channel: {channel}"
@@ -574,7 +576,7 @@ rollout:
   probation_min_s: 0
   approvals: {approvals}
   on_abort: {on_abort}
-{extra}"""
+{extra}{f"priority: {priority}" + chr(10) if priority else ""}{f"overlays: {overlays}" + chr(10) if overlays else ""}"""
 
 
 def lie_about_memory(facts: Facts, ram_limit_bytes: int) -> Facts:

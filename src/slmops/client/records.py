@@ -181,6 +181,8 @@ class BlueprintPlan(msgspec.Struct, frozen=True, kw_only=True):
         release: digest; empty when the channel points nowhere yet.
         unchanged: the same document and release are rolling out or rolled out already.
         supersedes: live rollouts that own some of the same devices.
+        contested: device to another blueprint that selects it with the same priority: applying is refused.
+        pinned: devices that stay on what they run.
         notes: what a person should know before (an empty wave, a waived gate).
     """
 
@@ -194,6 +196,8 @@ class BlueprintPlan(msgspec.Struct, frozen=True, kw_only=True):
     choices: tuple[DeviceChoice, ...]
     supersedes: tuple[str, ...]
     notes: tuple[str, ...]
+    contested: dict[str, str] = {}
+    pinned: tuple[str, ...] = ()
 
 
 class BlueprintApplied(msgspec.Struct, frozen=True, kw_only=True):

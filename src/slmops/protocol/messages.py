@@ -20,6 +20,8 @@ MAX_MESSAGE_BYTES = 256 << 10
 Schema = Annotated[int, msgspec.Meta(ge=1)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
+#: longer than any window that a person writes
+WindowText = Annotated[str, msgspec.Meta(max_length=200)]
 PerSecond = Annotated[float, msgspec.Meta(ge=0)]
 Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 DigestOrNone = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{64})?\Z")]
@@ -225,6 +227,8 @@ class Assignment(msgspec.Struct, frozen=True, omit_defaults=True):
         target_path: TUF target of the release manifest.
         min_decode_tps: slowest acceptable decode; None for no floor.
         probation_min_s: how long the candidate must serve in probation after its golden packs passed.
+        download_window, activate_window: when the device may do so, in its local time (``core.device.windows``); empty
+            for always.
     """
 
     schema: Schema
@@ -243,6 +247,8 @@ class Assignment(msgspec.Struct, frozen=True, omit_defaults=True):
     serving: ServingSettings | None = None
     min_decode_tps: PerSecond | None = None
     probation_min_s: Seconds = 0.0
+    download_window: WindowText = ""
+    activate_window: WindowText = ""
 
 
 class CheckinResponse(msgspec.Struct, frozen=True, omit_defaults=True):

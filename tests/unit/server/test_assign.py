@@ -118,7 +118,7 @@ def test_the_order_names_everything_that_the_device_will_verify() -> None:
     release = opened(prompts={"default": "Answer in JSON."})
     wanted = read(serving="context_tokens: 1024, system_prompt: default")
     variant = release.variants[0]
-    made = order(release, variant, wanted, "r-1", 7)
+    made = order(release, variant, wanted.serving, wanted.rollout, "r-1", 7)
     assert made.assignment_digest == assignment_digest(
         release=release.digest,
         variant=variant.sha256,
@@ -137,4 +137,4 @@ def test_the_order_names_everything_that_the_device_will_verify() -> None:
         7, "run", 1, "releases/home-intents/1.0.0.json",
     )  # fmt: skip
     with pytest.raises(NotFoundError, match=r"has no prompt 'default': it has none"):
-        order(opened(), variant, wanted, "r-1", 7)
+        order(opened(), variant, wanted.serving, wanted.rollout, "r-1", 7)

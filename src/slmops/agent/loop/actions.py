@@ -16,6 +16,7 @@ from slmops.agent.identity import DeviceConfig
 from slmops.agent.loop.driver import Driver
 from slmops.agent.loop.fetching import DISK_MARGIN_BYTES, SLOTS, Fetching
 from slmops.agent.loop.repairs import Repairs, why_lost
+from slmops.agent.loop.windows import Windows
 from slmops.agent.ports import Clock, ControlPlane
 from slmops.agent.release_source import ReleaseSource, ResolvedRelease
 from slmops.agent.retry import until_reached
@@ -85,6 +86,7 @@ class Actions:
         self._resolved: ResolvedRelease | None = None
         self._died: dict[SlotName, asyncio.Event] = {"a": asyncio.Event(), "b": asyncio.Event()}
         self.driver: Driver
+        self._windows = Windows(clock)
         self._fetching = Fetching(layout, store, server, keeper, chance)
         keeper.on_death = lambda name: self._died[name].set()
         self._repairs = Repairs(
@@ -178,8 +180,13 @@ class Actions:
     async def _fetch(self) -> Event:
         resolved = await self._resolve()
         before = self.fetched_bytes
+
+        async def in_window(sha256: str, size_bytes: int) -> bytes:
+            await self._windows.wait(lambda: self._assignment().download_window, "download")
+            return await self._fetching.patiently(sha256, size_bytes)
+
         for chunk_map in resolved.chunk_maps:
-            await self._fetching.complete(chunk_map, self._fetching.patiently)
+            await self._fetching.complete(chunk_map, in_window)
         moved = self.fetched_bytes - before
         if moved:
             await self.driver.note(fetched_bytes=self.driver.journal.fetched_bytes + moved)
@@ -195,7 +202,8 @@ class Actions:
         return Verified()
 
     async def _await_window(self) -> Event:
-        return WindowOpened()  # this version's blueprints declare no windows: every moment is inside one
+        await self._windows.wait(lambda: self._assignment().activate_window, "activation")
+        return WindowOpened()
 
     # ---- trial -------------------------------------------------------------------------------------------------------
 

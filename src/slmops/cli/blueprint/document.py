@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from slmops.cli.output import megabytes, print_table
-from slmops.client.records import BlueprintPlan
+from slmops.client.records import BlueprintPlan, DeviceChoice
 from slmops.core.errors import DocumentError
 
 
@@ -47,8 +49,20 @@ def print_plan(planned: BlueprintPlan) -> None:
         rows,
         empty="  no devices match",
     )
+    if planned.choices:
+        click.echo(f"  in sum: {_sums(planned.choices)}")
     for note in planned.notes:
         click.secho(f"  note: {note}", fg="yellow")
+
+
+def _sums(choices: Sequence[DeviceChoice]) -> str:
+    """What a plan comes to: devices by variant, those that fit nothing, and the bytes that it may move."""
+    variants = Counter(choice.variant for choice in choices if choice.variant)
+    parts = [f"{number} x {variant}" for variant, number in variants.most_common()]
+    none = sum(not choice.variant for choice in choices)
+    parts += [f"{none} that fit no variant"] if none else []
+    moved = sum(choice.artifact_bytes for choice in choices)
+    return f"{len(choices)} devices ({', '.join(parts)}), {megabytes(moved)} at most to move"
 
 
 file_option = click.option(

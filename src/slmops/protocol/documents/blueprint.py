@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from slmops.core.device.fit import Serving as FitServing
+from slmops.core.device.windows import parse_window
 from slmops.core.errors import SlmopsError
 from slmops.core.evidence.gates import BinaryGate, ContinuousGate, PairedGate
 from slmops.core.rollout.judge import Deadlines, Gate
@@ -69,6 +70,40 @@ class Serving(Section):
     def for_fit(self) -> FitServing:
         """The settings that cost memory."""
         return FitServing(self.context_tokens, self.kv_cache, self.parallel, self.micro_batch_tokens)
+
+
+class ServingOverlay(Section):
+    """Settings that a part of the cohort is served with instead; what is not named stays as it is.
+
+    ``system_prompt: null`` takes the prompt away.
+    """
+
+    context_tokens: int | None = None
+    kv_cache: str | None = None
+    parallel: int | None = None
+    micro_batch_tokens: int | None = None
+    system_prompt: str | None = None
+    min_decode_tps: float | None = None
+
+
+class Overlay(Section):
+    """The local adaptation of the devices that a selector matches."""
+
+    selector: str
+    serving: ServingOverlay
+
+    @field_validator("selector")
+    @classmethod
+    def _readable(cls, text: str) -> str:
+        return _selector(text)
+
+    def over(self, serving: Serving) -> Serving:
+        """These settings with the overlay's own put over them.
+
+        Raises:
+            ValueError: the result is not valid.
+        """
+        return Serving.model_validate(serving.model_dump() | self.serving.model_dump(exclude_unset=True))
 
 
 class Wave(Section):
@@ -140,6 +175,36 @@ class DisruptionBudget(Section):
     max_unavailable: int = Field(ge=1)
 
 
+class Windows(Section):
+    """When devices may act, in their own local time: ``minute hour day month weekday +length``, for example ``0 1 * * * +4h``.
+
+    Attributes:
+        download: for fetching; a download that a closing window interrupts goes on in the next one.
+        activate: for the swap to the new release.
+    """
+
+    download: str | None = None
+    activate: str | None = None
+
+    @field_validator("download", "activate")
+    @classmethod
+    def _readable(cls, text: str | None) -> str | None:
+        if text is not None:
+            try:
+                parse_window(text)
+            except SlmopsError as error:
+                raise ValueError(str(error)) from error
+        return text
+
+    def longest_wait_s(self) -> float:
+        """How long a device may have to wait for both of them."""
+        return sum(
+            parse_window(text).longest_wait().total_seconds()
+            for text in (self.download, self.activate)
+            if text is not None
+        )
+
+
 class RolloutGate(Section):
     """A gate between waves."""
 
@@ -190,6 +255,7 @@ class RolloutSpec(Section):
     deadlines: DeadlinesSpec = DeadlinesSpec()
     budget: DisruptionBudget | None = None
     holdback_ratio: Ratio = Field(default=0.0, le=0.5)
+    windows: Windows = Windows()
     gates: tuple[RolloutGate, ...] = (
         RolloutGate(metric="device.failed", kind="binary"),
         RolloutGate(metric="golden.pass", kind="paired", max_drop=0.0),
@@ -208,20 +274,44 @@ class RolloutSpec(Section):
 
     def silence(self) -> Deadlines:
         """As the judge wants it."""
-        return Deadlines(self.deadlines.acknowledge_s, self.deadlines.update_s)
+        update_s = (
+            self.deadlines.update_s + self.windows.longest_wait_s()
+        )  # waiting for a window is not silence
+        return Deadlines(self.deadlines.acknowledge_s, int(update_s))
 
 
 class Blueprint(Section):
-    """What a cohort should run, and how it gets there."""
+    """What a cohort should run, and how it gets there.
+
+    Attributes:
+        selector: the cohort. A device that two blueprints select belongs to the one of higher ``priority``; with equal
+            ones neither may be applied before that is settled.
+        overlays: local adaptations. A device takes all that match it, in the order of the list: later ones win.
+    """
 
     api_version: Literal["slmops/v1"] = Field(alias="apiVersion")
     kind: Literal["Blueprint"]
     metadata: Metadata
     selector: str = ""
     model: ModelReference
+    priority: int = Field(default=0, ge=-1000, le=1000)
     serving: Serving = Serving()
+    overlays: tuple[Overlay, ...] = Field(default=(), max_length=64)
     telemetry: dict[str, Any] = Field(default_factory=lambda: {"tier": "T1"})
     rollout: RolloutSpec = RolloutSpec()
+
+    @model_validator(mode="after")
+    def _overlays_hold(self) -> Blueprint:
+        together = self.serving
+        for index, overlay in enumerate(self.overlays):
+            for below in (self.serving, together):
+                try:
+                    merged = overlay.over(below)
+                except ValueError as error:
+                    first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+                    raise ValueError(f"overlays[{index}] ({overlay.selector}): {first}") from error
+            together = merged
+        return self
 
     @field_validator("selector")
     @classmethod

@@ -15,7 +15,7 @@ from slmops.artifact.manifest import NamedBlob, Variant, assignment_digest
 from slmops.core.device.fit import Fit, engine_for, fit, memory_needed
 from slmops.core.device.profile import BUILTIN_PROFILES, DeviceFacts, DeviceProfile, MeasuredSpeed
 from slmops.core.errors import NotFoundError
-from slmops.protocol.documents.blueprint import Blueprint, Serving
+from slmops.protocol.documents.blueprint import RolloutSpec, Serving
 from slmops.protocol.messages import SCHEMA, Assignment, Facts, NamedDigest, ServingSettings
 from slmops.server.ports.rows import DeviceRow
 from slmops.server.services.catalogue import OpenRelease, OpenVariant
@@ -88,7 +88,7 @@ def choose(
 
     Args:
         release: what to choose from.
-        serving: settings of the blueprint.
+        serving: settings of the blueprint for this device.
         device: for its profile and facts.
         running: the variant that it serves now; its files need not be fetched again.
         tried: variants that the device has refused already.
@@ -170,11 +170,25 @@ def prompts_in_use(release: OpenRelease, serving: Serving) -> tuple[NamedBlob, .
 
 
 def order(
-    release: OpenRelease, variant: OpenVariant, blueprint: Blueprint, rollout_id: str, generation: int
+    release: OpenRelease,
+    variant: OpenVariant,
+    serving: Serving,
+    rollout: RolloutSpec,
+    rollout_id: str,
+    generation: int,
 ) -> Assignment:
-    """The order to run a variant; its digest is the identity that "running equals assigned" compares."""
-    prompts = prompts_in_use(release, blueprint.serving)
-    settings = serving_settings(blueprint.serving)
+    """The order to run a variant; its digest is the identity that "running equals assigned" compares.
+
+    Args:
+        release: what to run.
+        variant: of it, for this device.
+        serving: this device's settings, overlays included.
+        rollout: when, and for how long on probation.
+        rollout_id: the rollout that orders it.
+        generation: of the device.
+    """
+    prompts = prompts_in_use(release, serving)
+    settings = serving_settings(serving)
     digest = assignment_digest(
         release=release.digest,
         variant=variant.sha256,
@@ -197,6 +211,8 @@ def order(
         variant_sha256=variant.sha256,
         prompts=tuple(NamedDigest(prompt.name, prompt.sha256, prompt.bytes) for prompt in prompts),
         serving=settings,
-        min_decode_tps=blueprint.serving.min_decode_tps,
-        probation_min_s=blueprint.rollout.probation_min_s,
+        min_decode_tps=serving.min_decode_tps,
+        probation_min_s=rollout.probation_min_s,
+        download_window=rollout.windows.download or "",
+        activate_window=rollout.windows.activate or "",
     )

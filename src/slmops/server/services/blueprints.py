@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slmops.client.records import (
@@ -21,9 +20,18 @@ from slmops.server.ports.rows import BlueprintRow, ChannelRow, DeviceRow, Rollou
 from slmops.server.ports.store import Store, Transaction
 from slmops.server.ports.world import Bell, Clock
 from slmops.server.services import assign
+from slmops.server.services.blueprint_notes import (
+    downgrade_notes,
+    overlay_notes,
+    ownership_notes,
+    release_notes,
+    some,
+    window_notes,
+)
 from slmops.server.services.catalogue import Catalogue, OpenRelease
 from slmops.server.services.decisions import COMPLETE
-from slmops.server.services.rollout_plan import RolloutPlan, read_plan, remembered_plan
+from slmops.server.services.ownership import claims
+from slmops.server.services.rollout_plan import RolloutPlan, is_pinned, read_plan, remembered_plan
 from slmops.server.services.rollouts import Rollouts
 from slmops.server.services.words import Caller, Role, rfc3339
 
@@ -78,6 +86,7 @@ class Blueprints:
             with self._store.write() as tx:
                 draft = self._draft(tx, rollout_id, source, source_name)
                 name = draft.plan.blueprint.metadata.name
+                _require_undisputed(draft)
                 revision = 0 if draft.current is None else draft.current.revision
                 if draft.current is None or draft.current.source != source:
                     revision += 1
@@ -146,16 +155,18 @@ class Blueprints:
         plan = read_plan(source, source_name)
         blueprint = plan.blueprint
         release = self._resolve(tx, plan)
-        cohort = plan.cohort(tx.devices.all())
+        devices = tx.devices.all()
+        shared = claims(plan, devices, tx.blueprints.all_current())
+        cohort = [device for device in plan.cohort(devices) if device.id not in shared.elsewhere]
+        pinned = tuple(device.id for device in plan.selected(devices) if is_pinned(device))
         current = tx.blueprints.current(blueprint.metadata.name)
         latest = tx.rollouts.latest(blueprint.metadata.name)
         laid_out = plan.lay_out(rollout_id, cohort)
         wave_of = {device: wave for wave, devices in enumerate(laid_out.waves) for device in devices}
         choices: list[DeviceChoice] = []
         if release is not None:
-            assign.prompts_in_use(
-                release, blueprint.serving
-            )  # refuses a prompt that the release does not have
+            for serving in plan.all_servings():  # refuses a prompt that the release does not have
+                assign.prompts_in_use(release, serving)
             choices = [
                 self._choice(tx, plan, release, device, wave_of.get(device.id, -1)) for device in cohort
             ]
@@ -186,9 +197,14 @@ class Blueprints:
             holdback=laid_out.holdback,
             choices=tuple(choices),
             supersedes=supersedes,
+            contested=shared.contested,
+            pinned=pinned,
             notes=(
-                *_notes(plan, release, laid_out.waves, choices),
-                *(() if release is None else _downgrade_notes(tx, release, cohort)),
+                *ownership_notes(shared, pinned),
+                *overlay_notes(plan, cohort),
+                *window_notes(plan),
+                *release_notes(plan, release, laid_out.waves, choices),
+                *(() if release is None else downgrade_notes(tx, release, cohort)),
             ),
         )
         return _Draft(plan, release, cohort, current, latest, record)
@@ -212,7 +228,7 @@ class Blueprints:
     ) -> DeviceChoice:
         current = tx.devices.assigned(device.running) if device.running else None
         running = None if current is None else self._catalogue.variant(current.variant_sha256)
-        choice = assign.choose(release, plan.blueprint.serving, device, running=running)
+        choice = assign.choose(release, plan.serving_for(device), device, running=running)
         chosen, answer = choice.variant, choice.fit
         return DeviceChoice(
             device_id=device.id,
@@ -252,6 +268,21 @@ class Blueprints:
             return [_record(tx, row) for row in rows]
 
 
+def _require_undisputed(draft: _Draft) -> None:
+    """Refuse devices that another blueprint wants as well.
+
+    Raises:
+        ConflictError: names them and the blueprints.
+    """
+    contested = draft.record.contested
+    if contested:
+        others = ", ".join(sorted(set(contested.values())))
+        raise ConflictError(
+            f"{some(list(contested))} would belong to {draft.record.blueprint} and to {others}, with the same priority",
+            hint="narrow one selector, or give one of the blueprints a higher priority:",
+        )
+
+
 def _require_first_wave(draft: _Draft) -> None:
     """Refuse a rollout that could never leave its first wave: an empty one proves nothing, so nothing may follow it.
 
@@ -289,54 +320,3 @@ def _record(tx: Transaction, row: BlueprintRow) -> BlueprintRecord:
         source_name=row.source_name,
         rollout_id="" if latest is None else latest.id,
     )
-
-
-def _downgrade_notes(tx: Transaction, release: OpenRelease, cohort: Sequence[DeviceRow]) -> list[str]:
-    """Devices that run a newer release of the same model: they will refuse this one."""
-    ahead = []
-    for device in cohort:
-        current = tx.devices.assigned(device.running) if device.running else None
-        row = None if current is None else tx.releases.get(current.release_sha256)
-        if (
-            row is not None
-            and row.model == release.release.model
-            and row.release_seq > release.release.release_seq
-        ):
-            ahead.append(f"{device.id} ({row.version})")
-    if not ahead:
-        return []
-    return [
-        f"{', '.join(ahead[:5])}{' and others' if len(ahead) > 5 else ''} run a newer release and will refuse "
-        f"{release.release.version}: to go back, roll the newer rollout back, or sign the older content again as a new version"
-    ]
-
-
-def _notes(
-    plan: RolloutPlan,
-    release: OpenRelease | None,
-    waves: tuple[tuple[str, ...], ...],
-    choices: list[DeviceChoice],
-) -> list[str]:
-    reference = plan.blueprint.model
-    notes: list[str] = []
-    if release is None:
-        notes.append(
-            f"channel {reference.channel} of {reference.name} points nowhere yet: "
-            "promote a release to it, and the rollout begins"
-        )
-    else:
-        notes.extend(
-            f"gate {w.gate} was waived for this release: {w.reason}" for w in release.release.waivers
-        )
-        if release.release.golden_weakened:
-            notes.append(f"the golden pack asks less than before: {release.release.golden_weakened}")
-    if not any(waves):
-        notes.append("the selector matches no device now")
-    else:
-        for index, devices in enumerate(waves):
-            if not devices and not plan.waves[index].dynamic:
-                notes.append(f"wave {index + 1} ({plan.rule(index)}) has no device: it proves nothing")
-    unfit = [choice.device_id for choice in choices if not choice.variant]
-    if unfit:
-        notes.append(f"no variant fits {', '.join(unfit[:5])}{' and others' if len(unfit) > 5 else ''}")
-    return notes

@@ -14,7 +14,7 @@ from slmops.server.ports.store import Transaction
 from slmops.server.services import assign
 from slmops.server.services.catalogue import Catalogue, OpenRelease
 from slmops.server.services.evidence import NO_VARIANT, evidence_of, unsettled
-from slmops.server.services.rollout_plan import RolloutPlan
+from slmops.server.services.rollout_plan import RolloutPlan, is_pinned
 
 #: a device that may still be offered something, or has an offer out
 OPEN = frozenset({DeviceStatus.WAITING, DeviceStatus.OFFERED, DeviceStatus.IN_PROGRESS})
@@ -43,7 +43,9 @@ def next_devices(
     waiting = [
         member.device_id
         for member in opened
-        if member.status is DeviceStatus.WAITING and member.device_id not in busy
+        if member.status is DeviceStatus.WAITING
+        and member.device_id not in busy
+        and not is_pinned(devices[member.device_id])
     ]
     in_flight = [
         member.device_id
@@ -75,7 +77,8 @@ def offer(  # noqa: PLR0913 - what is offered to whom, by whom, when
     """Give one device its order, or settle it as refused when no variant fits."""
     current = tx.devices.assigned(device.running) if device.running else None
     running = None if current is None else catalogue.variant(current.variant_sha256)
-    choice = assign.choose(release, plan.blueprint.serving, device, running=running, tried=member.tried)
+    serving = plan.serving_for(device)
+    choice = assign.choose(release, serving, device, running=running, tried=member.tried)
     if choice.variant is None:
         refused = replace(
             member,
@@ -90,7 +93,9 @@ def offer(  # noqa: PLR0913 - what is offered to whom, by whom, when
         tx.journal.event(now, "device.status", device.id, {**detail, "detail": refused.detail})
         return
     generation = max(device.generation, device.reported_generation) + 1
-    order = assign.order(release, choice.variant, plan.blueprint, member.rollout_id, generation)
+    order = assign.order(
+        release, choice.variant, serving, plan.blueprint.rollout, member.rollout_id, generation
+    )
     tx.devices.assign(device.id, order, now)
     offered = replace(
         member,
@@ -131,15 +136,28 @@ def take_back_order(device: DeviceRow, member: MemberRow) -> Assignment:
 
 
 def late_comers(
-    plan: RolloutPlan, rollout: RolloutRow, members: Sequence[MemberRow], devices: Iterable[DeviceRow]
+    plan: RolloutPlan,
+    rollout: RolloutRow,
+    members: Sequence[MemberRow],
+    devices: Iterable[DeviceRow],
+    elsewhere: Collection[str],
 ) -> list[DeviceRow]:
-    """Devices of the cohort that are in no wave and not held back, in the rollout's own order."""
+    """Devices of the cohort that are in no wave and not held back, in the rollout's own order.
+
+    Args:
+        plan: of the rollout.
+        rollout: that they may join.
+        members: it has already.
+        devices: all of them.
+        elsewhere: devices that another blueprint owns or claims as well.
+    """
     placed = {member.device_id for member in members} | set(rollout.holdback)
     spec = plan.waves[-1]
     joined = {
         device.id: device
         for device in plan.cohort(devices)
         if device.id not in placed
+        and device.id not in elsewhere
         and (spec.selector is None or spec.selector.matches(device.selector_labels()))
     }
     order = plan.lay_out(rollout.id, joined.values()).waves

@@ -11,12 +11,16 @@ from slmops.core.rollout.machine import Policy
 from slmops.core.rollout.plan import InFlight, Member, Plan, WaveSpec, plan
 from slmops.core.rollout.selector import Selector, parse_selector
 from slmops.protocol.documents import Blueprint, load_one
+from slmops.protocol.documents.blueprint import Serving
 from slmops.server.ports.rows import DeviceRow
+
+#: label of a device that stays on what it runs until the label is taken away; its value says why
+PINNED = "pinned"
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutPlan:
-    """One blueprint, ready to be followed."""
+    """One blueprint, ready to be followed; ``overlays`` are the selectors of the blueprint's, in its order."""
 
     blueprint: Blueprint
     selector: Selector
@@ -25,6 +29,29 @@ class RolloutPlan:
     policy: Policy
     deadlines: Deadlines
     in_flight: InFlight
+    overlays: tuple[Selector, ...]
+
+    def serving_for(self, device: DeviceRow) -> Serving:
+        """What this device is served with: the blueprint's settings, then each overlay that matches it."""
+        labels = device.selector_labels()
+        serving = self.blueprint.serving
+        for selector, overlay in zip(self.overlays, self.blueprint.overlays, strict=True):
+            if selector.matches(labels):
+                serving = overlay.over(serving)
+        return serving
+
+    def all_servings(self) -> list[Serving]:
+        """The blueprint's settings, and what each overlay alone makes of them."""
+        serving = self.blueprint.serving
+        return [serving, *(overlay.over(serving) for overlay in self.blueprint.overlays)]
+
+    def selected(self, devices: Iterable[DeviceRow]) -> list[DeviceRow]:
+        """Active devices that the blueprint's selector matches."""
+        return [
+            device
+            for device in devices
+            if device.retired_at is None and self.selector.matches(device.selector_labels())
+        ]
 
     def rule(self, wave: int) -> str:
         """A wave in words, as the blueprint declares it."""
@@ -39,12 +66,8 @@ class RolloutPlan:
         return ", ".join(parts) or "all"
 
     def cohort(self, devices: Iterable[DeviceRow]) -> list[DeviceRow]:
-        """Active devices that the blueprint selects."""
-        return [
-            device
-            for device in devices
-            if device.retired_at is None and self.selector.matches(device.selector_labels())
-        ]
+        """Selected devices that nobody has pinned to what they run."""
+        return [device for device in self.selected(devices) if not is_pinned(device)]
 
     def lay_out(self, rollout_id: str, cohort: Iterable[DeviceRow]) -> Plan:
         """Who is in which wave."""
@@ -68,7 +91,13 @@ def read_plan(source: str, source_name: str) -> RolloutPlan:
         policy=rollout.policy(),
         deadlines=rollout.silence(),
         in_flight=rollout.in_flight(),
+        overlays=tuple(parse_selector(overlay.selector) for overlay in blueprint.overlays),
     )
+
+
+def is_pinned(device: DeviceRow) -> bool:
+    """Whether somebody wants this device to stay on what it runs."""
+    return PINNED in device.labels
 
 
 @lru_cache(maxsize=128)

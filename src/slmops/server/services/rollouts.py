@@ -43,6 +43,7 @@ from slmops.server.services.decisions import (
 )
 from slmops.server.services.evidence import evidence_of, observe, refused_for_fit
 from slmops.server.services.outbox import carry_out
+from slmops.server.services.ownership import claims
 from slmops.server.services.registry import Registry
 from slmops.server.services.rollout_plan import RolloutPlan, remembered_plan
 from slmops.server.services.words import SERVER, Caller
@@ -345,7 +346,9 @@ class Rollouts:
             if rollout.state.phase not in EXPOSED | COMPLETE or not plan.waves[-1].dynamic:
                 return
             members = tx.rollouts.members(rollout_id)
-            joined = offers.late_comers(plan, rollout, members, tx.devices.all())
+            devices = tx.devices.all()
+            elsewhere = claims(plan, devices, tx.blueprints.all_current()).elsewhere
+            joined = offers.late_comers(plan, rollout, members, devices, elsewhere)
             if rollout.state.phase in COMPLETE:
                 # Nobody judges any more: only a device that nobody has ever given anything is taken in.
                 joined = [device for device in joined if device.assignment is None]
