@@ -15,7 +15,7 @@ from slmops.build.export.formats import Format, format_of
 from slmops.build.files import sha256_of_file
 from slmops.build.graph import StepContext
 
-USES = ("slmops.build.export.exported", "slmops.build.export.formats")
+USES = ("slmops.build.export.exported",)
 ARCHIVE = "archive.tar"
 _LOADING = {
     "litert-lm": "Load {model} with LiteRT-LM (Android: com.google.ai.edge.litertlm; iOS and desktop: its C++ or Python "

@@ -25,24 +25,16 @@ from slmops.build.graph import StepContext
 from slmops.build.hf.write import write_directory
 from slmops.core.errors import BudgetError, BuildError
 
-_TOOLS = "slmops.build.export.tools"
+#: the script, and what the format asks of it, are in the params (export_plan): a change of another runtime exports nothing again
 USES = (
     "slmops.artifact.chunkmap",
     "slmops.artifact.fastcdc",
     "slmops.build.content_cuts",
     "slmops.build.export.exported",
-    "slmops.build.export.formats",
     "slmops.build.export.tool_process",
     "slmops.build.gguf_file",
     "slmops.build.hf.tokenizer",
     "slmops.build.hf.write",
-    f"{_TOOLS}.pte",
-    f"{_TOOLS}.genai",
-    f"{_TOOLS}.litert",
-    f"{_TOOLS}.ptl",
-    f"{_TOOLS}.stepwise",
-    f"{_TOOLS}.tokenizer_file",
-    f"{_TOOLS}.tool_protocol",
 )
 EXPORT_LIMIT_S, SLOW_EXPORT_LIMIT_S = 1800.0, 4 * 3600.0
 CHUNK_MAP = "chunk-map-"
