@@ -6,6 +6,7 @@ told. Measured on SmolLM2-135M with the versions of ``toolchains/*/lock.txt``; a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,15 @@ class Thresholds:
     kld_p99: float
     same_top_ratio: float
     greedy_tokens: int
+
+    @property
+    def even_nats(self) -> float:
+        """Two tokens that the source holds this near to each other may change places.
+
+        A divergence of k comes of log-probabilities that are off by sqrt(2k) (its second-order term), so the
+        difference of two of them is off by 2 sqrt(k): at the most divergence that is allowed.
+        """
+        return 2 * math.sqrt(self.kld_mean)
 
 
 #: fp32 differs by the order of sums alone. int8 and int4 are held to what such files cost where they are made well; twice the
@@ -73,6 +83,10 @@ _K_QUANT = {
 }
 
 
+#: tokens that an ExecuTorch program takes at once: room for the logits of all of them is set aside when it is loaded
+_PIECES = {"piece_tokens": 128}
+
+
 def _genai(precision: str, thresholds: Thresholds, options: Mapping[str, Any]) -> Format:
     extra = {"extra_options": dict(options)}
     return Format(
@@ -104,7 +118,7 @@ FORMATS: tuple[Format, ...] = (
     _litert("litert-lm", "int8", INT8, "dynamic_wi8_afp32"),
     _litert("litert", "fp32", EXACT, "none"),
     _litert("litert", "int8", INT8, "dynamic_wi8_afp32"),
-    Format("executorch", "fp32", "executorch", "pte", "model.pte", "pte", EXACT, slow=True),
+    Format("executorch", "fp32", "executorch", "pte", "model.pte", "pte", EXACT, _PIECES, slow=True),
     Format(
         "executorch",
         "8da4w",
@@ -113,7 +127,7 @@ FORMATS: tuple[Format, ...] = (
         "model.pte",
         "pte",
         INT4,
-        {"quantise": "8da4w", "group_size": 32, "embedding_bits": 8},
+        {**_PIECES, "quantise": "8da4w", "group_size": 32, "embedding_bits": 8},
         slow=True,
     ),
     Format("pytorch-mobile", "fp32", "executorch", "ptl", "model.ptl", "ptl", EXACT, served=False, slow=True),

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from stepwise import greedy, logits_of
+from stepwise import greedy, logits_in_pieces
 from tokenizer_file import TokenizerFile
 from tool_protocol import serve
 
@@ -59,7 +59,9 @@ def export(request: dict[str, Any], tell: Callable[[float | None, str], None]) -
         "model.use_sdpa_with_kv_cache=True",
         "model.dtype_override=fp32",
         "backend.xnnpack.enabled=True",
-        f"export.max_seq_length={request['context_tokens']}",
+        # logits of every token, so that scoring takes pieces; pieces are short, because room for theirs is set aside
+        "debug.generate_full_logits=True",
+        f"export.max_seq_length={min(options['piece_tokens'] + 1, request['context_tokens'])}",
         f"export.max_context_length={request['context_tokens']}",
         f"export.output_name={made.name}",  # its output_dir is ignored: it writes where it runs
     ]
@@ -137,13 +139,29 @@ class ExecutorchProgram:
         if hasattr(_C, "_unsafe_reset_threadpool"):
             _C._unsafe_reset_threadpool(1)
         self._program = _C._load_for_executorch(path)
+        # its dynamic length ends one before what it was told
+        self._piece_tokens = int(self._program.run_method("get_max_seq_len", [])[0]) - 1
 
     def feed(self, token_ids: Sequence[int], position: int) -> Any:
         """See :class:`stepwise.Program`."""
+        for at in range(0, len(token_ids), self._piece_tokens):
+            rows = self._rows(token_ids[at : at + self._piece_tokens], position + at)
+        return rows[-1]
+
+    def feed_all(self, token_ids: Sequence[int], position: int) -> Any:
+        """See :class:`stepwise.WholeProgram`."""
+        import numpy as np
+
+        pieces = range(0, len(token_ids), self._piece_tokens)
+        return np.concatenate(
+            [self._rows(token_ids[at : at + self._piece_tokens], position + at) for at in pieces]
+        )
+
+    def _rows(self, token_ids: Sequence[int], position: int) -> Any:
         tokens = self._torch.tensor([list(token_ids)], dtype=self._torch.long)
         at = self._torch.tensor([position], dtype=self._torch.long)
         rows = self._program.forward((tokens, at))[0].float().numpy()
-        return rows.reshape(-1, rows.shape[-1])[-1].copy()
+        return rows.reshape(-1, rows.shape[-1]).copy()
 
 
 class ExecutorchModel(TokenizerFile):
@@ -166,7 +184,7 @@ class ExecutorchModel(TokenizerFile):
 
     def logits(self, token_ids: Sequence[int], first: int) -> Any:
         """See :class:`tool_protocol.ExportedModel`."""
-        return logits_of(self._program, token_ids, first)
+        return logits_in_pieces(self._program, token_ids, first)
 
     def generate(self, token_ids: Sequence[int], max_tokens: int, *, stop: bool) -> list[int]:
         """See :class:`tool_protocol.ExportedModel`."""
