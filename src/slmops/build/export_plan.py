@@ -54,6 +54,8 @@ def export_steps(read: ReadRecipe, target: Target, reference: Output, held_out: 
     environment = toolchain(form.toolchain).digest
     inputs: dict[str, Source] = {name: Output(EXPORT_SOURCE, name) for name in SOURCE_FILES}
     inputs["source"] = Output(EXPORT_SOURCE)
+    if form.calibrated:
+        inputs["calibration"] = Output(TEXT, "calibration.json")
     params = _format_params(form, environment) | {
         "context_tokens": read.recipe.serving.context_tokens,
         "artifact_bytes": target.budget.artifact_bytes,

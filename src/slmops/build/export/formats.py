@@ -60,6 +60,7 @@ class Format:
         model: name of the file that the engine opens; ``kind``: its format in ``build.json``.
         thresholds: of the parity gate.
         options: what the script is told, besides paths.
+        calibrated: whether the script is given the build's calibration text.
         served: False for formats that are exported and proved, and that no runtime of slmops serves.
         slow: takes minutes of CPU for a small model: named as such where it runs.
     """
@@ -72,6 +73,7 @@ class Format:
     kind: str
     thresholds: Thresholds
     options: Mapping[str, Any] = field(default_factory=dict)
+    calibrated: bool = False
     served: bool = True
     slow: bool = False
 
@@ -127,7 +129,8 @@ FORMATS: tuple[Format, ...] = (
         "model.pte",
         "pte",
         INT4,
-        {**_PIECES, "quantise": "8da4w", "group_size": 32, "embedding_bits": 8},
+        {**_PIECES, "group_size": 32},
+        calibrated=True,
         slow=True,
     ),
     Format("pytorch-mobile", "fp32", "executorch", "ptl", "model.ptl", "ptl", EXACT, served=False, slow=True),
@@ -197,12 +200,17 @@ _DEFAULT_PRECISION = {
 
 
 def refuse_options(runtime: str, options: Mapping[str, str]) -> None:
-    """Refuse option sets of an exporter that are known to give files that do not load.
+    """Refuse option sets of an exporter that are known to give files that do not load, and options that none takes.
 
     Raises:
         DocumentError: says which options, and why.
     """
     if runtime != "onnxruntime-genai":
+        if options:
+            raise DocumentError(
+                f"{runtime}: its exporter takes no options, got {', '.join(sorted(options))}",
+                hint="leave options out: onnxruntime-genai's builder alone takes some",
+            )
         return
     for bad, reason in _UNLOADABLE_GENAI:
         if all(options.get(name, "").lower() == value.lower() for name, value in bad.items()):

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TOOLS = Path(__file__).parent / "tools"
-#: what the scripts share; each is part of every script's digest
-_SHARED = ("stepwise", "tokenizer_file", "tool_protocol")
+#: what the scripts import; each is part of every script's digest
+_SHARED = ("error_feedback", "stepwise", "tokenizer_file", "tool_protocol")
 _TAIL_BYTES = 4000
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from error_feedback import quantise, rows_in_int8
 from stepwise import greedy, logits_in_pieces
 from tokenizer_file import TokenizerFile
 from tool_protocol import serve
@@ -46,10 +47,14 @@ def export(request: dict[str, Any], tell: Callable[[float | None, str], None]) -
     work = Path(request["checkpoints"] or Path.cwd())
     work.mkdir(parents=True, exist_ok=True)
     weights, params = work / "model.pth", work / "params.json"
+    group_size = options.get("group_size")
     if not params.is_file():
         tell(0.0, "executorch: converting weights")
-        _convert(source, weights)
-        params.write_text(json.dumps(_params(source)), encoding="utf-8")
+        if group_size:
+            _quantise(source, weights, request["calibration"], group_size, tell)
+        else:
+            _convert(source, weights)
+        params.write_text(json.dumps(_params(source, group_size)), encoding="utf-8")
     made = Path.cwd() / request["model_name"]
     command = [
         "base.model_class=smollm2",
@@ -65,13 +70,14 @@ def export(request: dict[str, Any], tell: Callable[[float | None, str], None]) -
         f"export.max_context_length={request['context_tokens']}",
         f"export.output_name={made.name}",  # its output_dir is ignored: it writes where it runs
     ]
-    if "quantise" in options:
+    if group_size:  # a checkpoint that is quantised already is what "qat" stands for
         command += [
-            f"quantization.qmode={options['quantise']}",
-            f"quantization.group_size={options['group_size']}",
-            f"quantization.embedding_quantize='{options['embedding_bits']},0'",
+            "quantization.use_qat=True",
+            "base.preq_mode=preq_8da4w_out_8da8w",
+            f"base.preq_group_size={group_size}",
+            "base.preq_embedding_quantize='8,0'",
         ]
-    minutes = "a quarter of an hour" if "quantise" in options else "some minutes"
+    minutes = "a quarter of an hour" if group_size else "some minutes"
     tell(None, f"executorch {request['precision']}: {minutes} on one core")
     run = [sys.executable, "-m", "executorch.extension.llm.export.export_llm", *command]
     subprocess.run(run, stdin=subprocess.DEVNULL, check=True)
@@ -81,13 +87,48 @@ def export(request: dict[str, Any], tell: Callable[[float | None, str], None]) -
 
 def _convert(source: Path, target: Path) -> None:
     """Weights under Meta's names, float32; q and k stay in Hugging Face's order (``use_hf_rope``)."""
-    import torch
     from safetensors.torch import load_file
 
     made = {}
     for name, weight in load_file(source / "model.safetensors").items():
         made[_meta_name(name)] = weight.float()
     made.setdefault("output.weight", made["tok_embeddings.weight"])
+    _save(made, target)
+
+
+def _quantise(
+    source: Path,
+    target: Path,
+    sequences: Sequence[Sequence[int]],
+    group_size: int,
+    tell: Callable[[float | None, str], None],
+) -> None:
+    """The same, blocks in int4 by groups with error feedback, embedding and output in int8 by rows."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    made = {_meta_name(name): weight.clone() for name, weight in model.state_dict().items()}
+    made.setdefault("output.weight", made["tok_embeddings.weight"])
+    quantised = {
+        _meta_name(name): found for name, found in quantise(model, sequences, group_size, tell).items()
+    }
+    quantised |= {name: rows_in_int8(made[name]) for name in ("tok_embeddings.weight", "output.weight")}
+    for name, (values, scales) in quantised.items():
+        made[name] = values
+        made[f"{name.removesuffix('weight')}scales"] = scales
+        if not name.startswith("tok_embeddings"):
+            made[f"{name.removesuffix('weight')}zeros"] = torch.zeros_like(scales)
+    # the exporter takes the first one's type for the type of all
+    _save({"norm.weight": made.pop("norm.weight"), **made}, target)
+
+
+def _save(made: dict[str, Any], target: Path) -> None:
+    import torch
+
     unfinished = target.with_suffix(".part")
     torch.save(made, unfinished)
     unfinished.rename(target)
@@ -105,9 +146,10 @@ def _meta_name(name: str) -> str:
     return f"layers.{parts[2]}.{_PARTS['.'.join(parts[3:-1])]}.weight"
 
 
-def _params(source: Path) -> dict[str, Any]:
+def _params(source: Path, group_size: int | None) -> dict[str, Any]:
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    return {
+    grouped = {"quantization_args": {"group_size": group_size}} if group_size else {}
+    return grouped | {
         "dim": config["hidden_size"],
         "n_layers": config["num_hidden_layers"],
         "n_heads": config["num_attention_heads"],
