@@ -147,10 +147,6 @@ REFUSED: dict[tuple[str, str], str] = {
         "executorch",
         "int4",
     ): "its 4-bit form is called 8da4w (8-bit activations, 4-bit weights): write precision: 8da4w",
-    (
-        "openvino",
-        "int4",
-    ): "OpenVINO's import of GGUF loses weights (KL 0.25 nats a token): take onnxruntime-genai",
 }
 
 #: options that the onnxruntime-genai builder takes with exit code 0, for folders that its engine then does not load: measured

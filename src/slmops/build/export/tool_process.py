@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 TOOLS = Path(__file__).parent / "tools"
 #: what the scripts import; each is part of every script's digest
-_SHARED = ("error_feedback", "stepwise", "tokenizer_file", "tool_protocol")
+SHARED = ("error_feedback", "stepwise", "tokenizer_file", "tool_protocol")
 _TAIL_BYTES = 4000
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -214,7 +214,7 @@ class ToolProcess:
 def digest_of_tool(tool: str) -> str:
     """Digest of a script and of what the scripts share: a step that runs it depends on these and on no other script."""
     digest = hashlib.sha256()
-    for name in (tool, *_SHARED):
+    for name in (tool, *SHARED):
         digest.update(name.encode() + b"\0" + (TOOLS / f"{name}.py").read_bytes() + b"\0")
     return digest.hexdigest()
 

@@ -78,10 +78,9 @@ reverts by itself.
 
 1. Check the files against the digests below.
 2. {_LOADING[form.runtime].format(model=form.model)}
-3. Context: {facts["context_tokens"]} tokens. A plain text {begins}. These tokens end an answer:
-{facts["eos_tokens"]}. 4. Before you ship it on a new device, run the golden pack: for each prompt of
-`golden-pack.json` the mean log-probability of its answer must lie within the tolerance that
-`golden-expectations.json` gives.
+3. Context: {facts["context_tokens"]} tokens. A plain text {begins}. These tokens end an answer: {facts["eos_tokens"]}.
+4. Before you ship it on a new device, run the golden pack: for each prompt of `golden-pack.json` the mean log-probability of
+   its answer must lie within the tolerance that `golden-expectations.json` gives.
 
 ## Files
 {files}
