@@ -51,6 +51,18 @@ def test_values_are_int4_and_scales_are_bfloat16(feedback) -> None:
     )
 
 
+def test_pinned_groups_give_their_scales_back(feedback) -> None:
+    """From the rounded weights alone, largest magnitude over 7: the same scales and values, with a correlated H, too."""
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(16, 96, generator=generator)
+    inputs = torch.randn(200, 96, generator=generator) @ torch.randn(96, 96, generator=generator)
+    values, scales = feedback.rounded(weight, inputs.T @ inputs, GROUP, pinned=True)
+    again = (values * scales.repeat_interleave(GROUP, dim=1)).reshape(16, -1, GROUP)
+    found = again.abs().amax(-1) / 7
+    assert torch.allclose(found, scales, rtol=1e-6)
+    assert torch.equal(torch.round(again / found[..., None]).reshape(16, 96), values)
+
+
 def test_rows_in_int8_are_within_half_a_step(feedback) -> None:
     weight = torch.randn(5, 7, generator=torch.Generator().manual_seed(2))
     values, scales = feedback.rows_in_int8(weight)

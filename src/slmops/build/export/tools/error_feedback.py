@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 LEAST, MOST = -8, 7
+#: where scales are found again from the values: what is rounded keeps a largest magnitude of this in each group
+PINNED = 7
 #: a group's largest magnitude, divided by these, are the scales that are tried
 _DIVISORS = (7.0, 7.5, 8.0, 8.5, 9.0, 10.0)
 _DAMPING = 0.01
@@ -27,7 +29,12 @@ _INPUTS = (
 
 
 def quantise(
-    model: Any, sequences: Sequence[Sequence[int]], group_size: int, tell: Callable[[float | None, str], None]
+    model: Any,
+    sequences: Sequence[Sequence[int]],
+    group_size: int,
+    tell: Callable[[float | None, str], None],
+    *,
+    pinned: bool = False,
 ) -> dict[str, tuple[Any, Any]]:
     """Every linear layer of a Llama's blocks, in the order in which they are run, on what the quantised ones before give.
 
@@ -36,6 +43,7 @@ def quantise(
         sequences: token ids of calibration text.
         group_size: weights that share a scale.
         tell: progress.
+        pinned: see :func:`rounded`.
 
     Returns:
         By Hugging Face's name: int8 values within -8..7 (out, in), and float32 scales (out, in / group_size).
@@ -53,23 +61,30 @@ def quantise(
                 shrunk = _shrunk(hessians[names[0]], tokens)
                 for name in names:
                     linear = layer.get_submodule(name)
-                    values, scales = rounded(linear.weight.data, shrunk, group_size)
+                    values, scales = rounded(linear.weight.data, shrunk, group_size, pinned=pinned)
                     linear.weight.data = values * scales.repeat_interleave(group_size, dim=1)
                     made[f"model.layers.{number}.{name}.weight"] = (values.to(torch.int8), scales)
             states = [_state(layer(state, **told)) for state, told in zip(states, arguments, strict=True)]
-            tell((number + 1) / len(layers), "executorch: rounding weights with error feedback")
+            tell((number + 1) / len(layers), "rounding weights with error feedback")
     return made
 
 
-def rounded(weight: Any, hessian: Any, group_size: int) -> tuple[Any, Any]:
-    """One matrix (out, in): its values as floats, and scales (out, in / group_size)."""
+def rounded(weight: Any, hessian: Any, group_size: int, *, pinned: bool = False) -> tuple[Any, Any]:
+    """One matrix (out, in): its values as floats, and scales (out, in / group_size).
+
+    With ``pinned`` a scale is the group's largest magnitude over 7 and that weight stays at 7 or -7: an exporter that takes
+    scales from largest magnitudes finds the very same ones, and rounds nothing again.
+    """
     import torch
 
     columns = weight.shape[1]
     places = torch.arange(columns)
     hessian = hessian.clone()
     hessian[places, places] += _DAMPING * hessian.diagonal().mean().clamp_min(1e-12)
-    scales = _scales(weight, hessian.diagonal(), group_size)
+    grouped = weight.reshape(weight.shape[0], -1, group_size)
+    scales = _scales(grouped, hessian.diagonal(), (float(PINNED),) if pinned else _DIVISORS)
+    least = -PINNED if pinned else LEAST
+    largest = grouped.abs().argmax(-1) + torch.arange(0, columns, group_size)
     order = torch.argsort(hessian.diagonal(), descending=True)
     left, group = weight[:, order].clone(), order // group_size
     lower = torch.linalg.cholesky(hessian[order][:, order])
@@ -80,7 +95,10 @@ def rounded(weight: Any, hessian: Any, group_size: int) -> tuple[Any, Any]:
         errors = torch.zeros(weight.shape[0], end - begin)
         for at in range(begin, end):
             scale = scales[:, group[at]]
-            values[:, at] = torch.clamp(torch.round(left[:, at] / scale), LEAST, MOST)
+            values[:, at] = torch.clamp(torch.round(left[:, at] / scale), least, MOST)
+            if pinned:
+                stays = largest[:, group[at]] == order[at]
+                values[stays, at] = PINNED * torch.sign(weight[stays, order[at]])
             error = (left[:, at] - values[:, at] * scale) / carry[at, at]
             left[:, at:end] -= error[:, None] * carry[at, at:end][None]
             errors[:, at - begin] = error
@@ -98,15 +116,14 @@ def rows_in_int8(weight: Any) -> tuple[Any, Any]:
     return torch.round(weight / scales[:, None]).to(torch.int8), scales
 
 
-def _scales(weight: Any, importance: Any, group_size: int) -> Any:
-    """Of each group the scale with the least squared error, inputs' squares as weights."""
+def _scales(grouped: Any, importance: Any, divisors: Sequence[float]) -> Any:
+    """Of each group (out, groups, group) the scale with the least squared error, inputs' squares as weights."""
     import torch
 
-    grouped = weight.reshape(weight.shape[0], -1, group_size)
-    weights = importance.reshape(1, -1, group_size)
+    weights = importance.reshape(1, grouped.shape[1], grouped.shape[2])
     largest = grouped.abs().amax(-1, keepdim=True).clamp_min(1e-9)
     best, least = None, None
-    for divisor in _DIVISORS:
+    for divisor in divisors:
         scale = (largest / divisor).bfloat16().float()
         values = torch.clamp(torch.round(grouped / scale), LEAST, MOST)
         error = ((values * scale - grouped).square() * weights).sum(-1, keepdim=True)
