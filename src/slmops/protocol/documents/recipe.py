@@ -279,8 +279,8 @@ class Target(Section):
         runtime: that serves it. For all but ``llama.cpp`` the model is exported by that runtime's own exporter, in a pinned
             environment that is made on demand, and must pass the parity gate. ``pytorch-mobile`` is exported and
             proved, not served.
-        precision: of an export: ``fp32``, ``int8``, ``int4`` (onnxruntime-genai), ``8da4w`` (executorch). Left out, the
-            smallest usual one of the runtime. A GGUF has none: its types are searched within the budget.
+        precision: of an export: ``fp32``, ``int8``, ``int4`` (onnxruntime-genai, litert, litert-lm), ``8da4w``
+            (executorch). Left out, the usual one of the runtime. A GGUF has none: its types are searched within the budget.
         options: further options of the exporter, by name.
     """
 
