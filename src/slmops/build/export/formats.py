@@ -44,8 +44,8 @@ class Thresholds:
 
 
 #: fp32 differs by the order of sums alone. int8 is held to what such files cost where they are made well, with room for another
-#: small model: SmolLM2-135M has KL 0.006 (onnxruntime-genai) and 0.032 (LiteRT, whose activations are int8 as well). int4 has to be
-#: better than llama.cpp's plain Q4_0 of the same source, measured on the same text: 0.43, 3.5, 0.77.
+#: small model: SmolLM2-135M has KL 0.006 (onnxruntime-genai) and 0.032 (LiteRT, whose activations are int8 as well). int4 has to
+#: be better than llama.cpp's plain Q4_0 of the same source, measured on the same text: 0.43, 3.5, 0.77.
 EXACT = Thresholds(kld_mean=0.001, kld_p99=0.01, same_top_ratio=0.99, greedy_tokens=16)
 INT8 = Thresholds(kld_mean=0.05, kld_p99=0.5, same_top_ratio=0.90, greedy_tokens=1)
 INT4 = Thresholds(kld_mean=0.35, kld_p99=3.0, same_top_ratio=0.78, greedy_tokens=0)
