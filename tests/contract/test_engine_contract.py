@@ -60,10 +60,11 @@ def _llama_predicted(text: str) -> int:
 
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "runtimes"
-#: runtimes of the common child, and the file of a fixture that its spec names
+#: fixtures for runtimes of the common child, and the file of each that a spec names
 TOKEN_LOOP = {
     "onnxruntime-genai": "genai_config.json",
     "executorch": "model.pte",
+    "executorch-8da4w": "model.pte",
     "litert": "model.tflite",
     "litert-lm": "model.litertlm",
 }
@@ -114,14 +115,15 @@ def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Harness:
     return Harness(spec, broken_gguf, _llama_predicted, slow_spec)
 
 
-def token_loop_harness(runtime: str, tmp_path: Path) -> Harness:
+def token_loop_harness(fixture: str, tmp_path: Path) -> Harness:
     """A committed model of some 0.2 to 0.8 MB that was trained to name three colours."""
+    runtime = fixture.removesuffix("-8da4w")
     try:
         kv_cache = min(load(runtime).capabilities.kv_cache_types)
     except RuntimeLoadError as absent:
         pytest.skip(str(absent))
-    folder = FIXTURES / runtime
-    spec = EngineSpec(runtime, folder / TOKEN_LOOP[runtime], context_tokens=512, kv_cache=kv_cache)
+    folder = FIXTURES / fixture
+    spec = EngineSpec(runtime, folder / TOKEN_LOOP[fixture], context_tokens=512, kv_cache=kv_cache)
 
     def broken(where: Path, how: str) -> Path:
         copy = where / how
@@ -129,7 +131,7 @@ def token_loop_harness(runtime: str, tmp_path: Path) -> Harness:
         largest = max((path for path in copy.iterdir()), key=lambda path: path.stat().st_size)
         content = largest.read_bytes()
         largest.write_bytes(content[: len(content) // 2] if how == "truncated" else b"not a model at all")
-        return copy / TOKEN_LOOP[runtime]
+        return copy / TOKEN_LOOP[fixture]
 
     slow = replace(spec, context_tokens=1024, batch_tokens=1)  # a forward pass for each token of a prompt
     return Harness(spec, broken, lambda text: int(json.loads(text)["predicted_tokens"]), slow, "word " * 180)

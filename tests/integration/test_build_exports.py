@@ -66,9 +66,10 @@ def test_a_profile_without_an_agent_gets_an_archive(tmp_path: Path) -> None:
     ("target", "message"),
     [
         ({**GENAI, "precision": "fp16"}, "crashes when it generates"),
-        ({"profile": "android-mid", "runtime": "litert", "precision": "int4"}, "answers badly"),
+        ({"profile": "android-mid", "runtime": "pytorch-mobile", "precision": "int8"}, "answers badly"),
         ({**GENAI, "options": {"exclude_embeds": "true"}}, "exclude_embeds"),
         ({**GGUF, "precision": "int4"}, "precision and options are for exports"),
+        ({"profile": "n100-16gb", "runtime": "openvino"}, "openvino is not built here"),
     ],
 )
 def test_what_is_known_to_be_bad_is_refused_before_any_work(

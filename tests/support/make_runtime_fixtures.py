@@ -4,6 +4,7 @@
     python -m onnxruntime_genai.models.builder -i HF_FOLDER -o GENAI -p int4 -e cpu -c CACHE
     python tests/support/make_runtime_fixtures.py genai HF_FOLDER GENAI OUT
     python tests/support/make_runtime_fixtures.py executorch HF_FOLDER OUT   # needs torch, safetensors, executorch
+    python tests/support/make_runtime_fixtures.py executorch-8da4w HF_FOLDER OUT   # by slmops' own exporter script
     python tests/support/make_runtime_fixtures.py litert HF_FOLDER OUT       # needs litert-torch; .tflite
     python tests/support/make_runtime_fixtures.py litert-lm HF_FOLDER OUT    # the same; .litertlm
 
@@ -229,6 +230,32 @@ def executorch(hf: Path, out: Path) -> None:
     finish(hf, out, "fp32")
 
 
+def executorch_8da4w(hf: Path, out: Path) -> None:
+    """As a build makes it: the answers are the calibration text."""
+    out.mkdir(parents=True, exist_ok=True)
+    scratch = out / "scratch"
+    shutil.copytree(hf, scratch / "source")
+    config = json.loads((hf / "config.json").read_text())
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    (scratch / "source" / "config.json").write_text(json.dumps(config))
+    request = {
+        "op": "export",
+        "source": str(scratch / "source"),
+        "out": str(out),
+        "checkpoints": None,
+        "precision": "8da4w",
+        "options": {"piece_tokens": 128, "group_size": 32},
+        "context_tokens": CONTEXT,
+        "model_name": "model.pte",
+        "calibration": [chat(question, answer)[0] for question, answer in ANSWERS.items()],
+    }
+    (scratch / "request.json").write_text(json.dumps(request))
+    tools = Path(__file__).parents[2] / "src/slmops/build/export/tools"
+    subprocess.run([sys.executable, tools / "pte.py", "request.json"], cwd=scratch, check=True)
+    shutil.rmtree(scratch)
+    finish(hf, out, "8da4w")
+
+
 def litert(hf: Path, out: Path, *, bundle: bool = False) -> None:
     out.mkdir(parents=True, exist_ok=True)
     scratch = out / "scratch"
@@ -253,6 +280,7 @@ if __name__ == "__main__":
         "train": train,
         "genai": genai,
         "executorch": executorch,
+        "executorch-8da4w": executorch_8da4w,
         "litert": litert,
         "litert-lm": litert_lm,
     }

@@ -10,10 +10,13 @@ Whatever measures an export names the parity step among its inputs, so nothing o
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
+from slmops.artifact.digest import digest_of
 from slmops.build.export.exported import ROLE
 from slmops.build.export.formats import Format, format_of, refuse_options
+from slmops.build.export.tool_process import digest_of_tool
 from slmops.build.export.toolchain import toolchain
 from slmops.build.graph import Output, SourceFile, Step
 from slmops.build.recipe_files import ReadRecipe, serving_of
@@ -51,6 +54,8 @@ def export_steps(read: ReadRecipe, target: Target, reference: Output, held_out: 
     environment = toolchain(form.toolchain).digest
     inputs: dict[str, Source] = {name: Output(EXPORT_SOURCE, name) for name in SOURCE_FILES}
     inputs["source"] = Output(EXPORT_SOURCE)
+    if form.calibrated:
+        inputs["calibration"] = Output(TEXT, "calibration.json")
     params = _format_params(form, environment) | {
         "context_tokens": read.recipe.serving.context_tokens,
         "artifact_bytes": target.budget.artifact_bytes,
@@ -63,7 +68,7 @@ def export_steps(read: ReadRecipe, target: Target, reference: Output, held_out: 
             of_target("parity", target),
             "slmops.build.steps.parity:gate",
             gate | variant_files(target),
-            _format_params(form, environment),
+            _format_params(form, environment) | {"thresholds": asdict(form.thresholds)},
         ),
     ]
 
@@ -132,7 +137,7 @@ def archive_step(read: ReadRecipe, target: Target) -> Step:
         "pack": Output(PACK, "golden-pack.json"),
         "expectations": Output(of_target("expectations", target), "golden-expectations.json"),
     }
-    params = {"runtime": form.runtime, "precision": form.precision}
+    params = {"runtime": form.runtime, "precision": form.precision, **_made_by(form)}
     params |= {"name": read.recipe.metadata.name, "profile": target.profile}
     return Step(of_target("archive", target), "slmops.build.steps.archive:archive", inputs, params)
 
@@ -153,8 +158,7 @@ def measured_params(target: Target) -> dict[str, Any]:
     """What says how an export is opened."""
     form = format_of(target.runtime, target.precision)
     through = PORT if can_serve(target.runtime) else TOOLCHAIN
-    params = {"runtime": form.runtime, "precision": form.precision, "through": through}
-    return params if through == PORT else params | {"toolchain": toolchain(form.toolchain).digest}
+    return _format_params(form, toolchain(form.toolchain).digest) | {"through": through}
 
 
 def can_serve(runtime: str) -> bool:
@@ -169,4 +173,11 @@ def can_serve(runtime: str) -> bool:
 
 
 def _format_params(form: Format, environment: str) -> dict[str, Any]:
-    return {"runtime": form.runtime, "precision": form.precision, "toolchain": environment}
+    """What a step that runs a toolchain depends on: the environment, the script, and the format but what judges it."""
+    return {"runtime": form.runtime, "precision": form.precision, "toolchain": environment} | _made_by(form)
+
+
+def _made_by(form: Format) -> dict[str, str]:
+    said = asdict(form)
+    del said["thresholds"]
+    return {"tool": digest_of_tool(form.tool), "format": digest_of(said)}

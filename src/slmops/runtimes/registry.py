@@ -45,6 +45,13 @@ EXTRAS: dict[str, str] = {
     "onnxruntime-genai": "onnxruntime-genai",
 }
 
+#: What people ask for and slmops does not serve, and why.
+NOT_SERVED: dict[str, str] = {
+    "pytorch-mobile": "it is exported and proved for applications that have it, and not served: its lite interpreter keeps no "
+    "KV cache, and its successor is executorch",
+    "openvino": "it is not built here: see docs/adr/0016-exports-and-parity.md; onnxruntime-genai serves x86",
+}
+
 
 def names() -> list[str]:
     """Names that `load` knows without a colon: built-in ones and those of entry points."""
@@ -99,6 +106,12 @@ def load_unchecked(name: str) -> Runtime:
 def _entry_point(name: str) -> str:
     for point in metadata.entry_points(group=ENTRY_POINT_GROUP, name=name):
         return point.value
+    if name in NOT_SERVED:
+        raise NotFoundError(
+            f"no engine serves runtime {name!r}: {NOT_SERVED[name]}",
+            hint=f"served are {', '.join(names())}",
+            runtime=name,
+        )
     raise NotFoundError(
         f"unknown runtime {name!r}: known are {', '.join(names())}",
         hint="check the spelling, or give module:attribute",

@@ -50,3 +50,12 @@ def test_names_without_a_runtime_are_not_found() -> None:
     """An unknown name lists what is known."""
     with pytest.raises(NotFoundError, match=r"known are .*llama\.cpp"):
         load("tensor-engine")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("pytorch-mobile", "successor is executorch"), ("openvino", "not built here")]
+)
+def test_what_is_known_and_not_served_is_refused_by_name_with_the_reason(name: str, why: str) -> None:
+    with pytest.raises(NotFoundError, match=why) as raised:
+        load(name)
+    assert f"no engine serves runtime '{name}'" in raised.value.message

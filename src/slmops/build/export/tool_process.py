@@ -7,6 +7,7 @@ log, whose end is shown when it fails.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import queue
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TOOLS = Path(__file__).parent / "tools"
+#: what the scripts import; each is part of every script's digest
+SHARED = ("error_feedback", "stepwise", "tokenizer_file", "tool_protocol")
 _TAIL_BYTES = 4000
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -206,6 +209,14 @@ class ToolProcess:
             f"{self.tool}: needs more memory than {limit}",
             hint="build on a machine with more memory; an exporter holds the model in float32 some six times",
         )
+
+
+def digest_of_tool(tool: str) -> str:
+    """Digest of a script and of what the scripts share: a step that runs it depends on these and on no other script."""
+    digest = hashlib.sha256()
+    for name in (tool, *SHARED):
+        digest.update(name.encode() + b"\0" + (TOOLS / f"{name}.py").read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def memory_limit() -> int | None:

@@ -163,24 +163,26 @@ def same_answers(
     *,
     first_tokens: int,
     margins: Sequence[float],
+    even_nats: float,
 ) -> Check:
     """Greedy answers: the first tokens of each, as many as the precision's threshold asks for.
 
-    An answer that parts from the source's where the two likeliest tokens were nearly even (within ``_EVEN_NATS``) is no
-    difference: any change of the last bit may turn it.
+    An answer that parts from the source's where the two likeliest tokens were nearly even (within ``even_nats``) is no
+    difference: what the precision may change turns it.
 
     Args:
         source: ids of each answer; ``export``: the same.
         export: see above.
         first_tokens: how many must be the source's; 0: nothing is asked, the share is reported.
         margins: of each answer's first parting, log-probability of the source's token minus the export's, under the source.
+        even_nats: margins up to this are no difference.
     """
     agreed = [_common(a, b) for a, b in zip(source, export, strict=True)]
     needed = [min(first_tokens, len(answer)) for answer in source]
     differing = [
         at
         for at, (have, need) in enumerate(zip(agreed, needed, strict=True))
-        if have < need and margins[at] > _EVEN_NATS
+        if have < need and margins[at] > even_nats
     ]
     lengths = sum(len(answer) for answer in source)
     figures = {

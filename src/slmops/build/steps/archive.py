@@ -15,7 +15,7 @@ from slmops.build.export.formats import Format, format_of
 from slmops.build.files import sha256_of_file
 from slmops.build.graph import StepContext
 
-USES = ("slmops.build.export.exported", "slmops.build.export.formats")
+USES = ("slmops.build.export.exported",)
 ARCHIVE = "archive.tar"
 _LOADING = {
     "litert-lm": "Load {model} with LiteRT-LM (Android: com.google.ai.edge.litertlm; iOS and desktop: its C++ or Python "
@@ -78,10 +78,9 @@ reverts by itself.
 
 1. Check the files against the digests below.
 2. {_LOADING[form.runtime].format(model=form.model)}
-3. Context: {facts["context_tokens"]} tokens. A plain text {begins}. These tokens end an answer:
-{facts["eos_tokens"]}. 4. Before you ship it on a new device, run the golden pack: for each prompt of
-`golden-pack.json` the mean log-probability of its answer must lie within the tolerance that
-`golden-expectations.json` gives.
+3. Context: {facts["context_tokens"]} tokens. A plain text {begins}. These tokens end an answer: {facts["eos_tokens"]}.
+4. Before you ship it on a new device, run the golden pack: for each prompt of `golden-pack.json` the mean log-probability of
+   its answer must lie within the tolerance that `golden-expectations.json` gives.
 
 ## Files
 {files}

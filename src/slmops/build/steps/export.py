@@ -25,27 +25,20 @@ from slmops.build.graph import StepContext
 from slmops.build.hf.write import write_directory
 from slmops.core.errors import BudgetError, BuildError
 
-_TOOLS = "slmops.build.export.tools"
+#: the script, and what the format asks of it, are in the params (export_plan): a change of another runtime exports nothing again
 USES = (
     "slmops.artifact.chunkmap",
     "slmops.artifact.fastcdc",
     "slmops.build.content_cuts",
     "slmops.build.export.exported",
-    "slmops.build.export.formats",
     "slmops.build.export.tool_process",
     "slmops.build.gguf_file",
     "slmops.build.hf.tokenizer",
     "slmops.build.hf.write",
-    f"{_TOOLS}.pte",
-    f"{_TOOLS}.genai",
-    f"{_TOOLS}.litert",
-    f"{_TOOLS}.ptl",
-    f"{_TOOLS}.stepwise",
-    f"{_TOOLS}.tokenizer_file",
-    f"{_TOOLS}.tool_protocol",
 )
 EXPORT_LIMIT_S, SLOW_EXPORT_LIMIT_S = 1800.0, 4 * 3600.0
 CHUNK_MAP = "chunk-map-"
+CALIBRATION = "calibration"
 
 
 def source(context: StepContext) -> dict[str, Any]:
@@ -69,10 +62,10 @@ def source(context: StepContext) -> dict[str, Any]:
 def export(context: StepContext) -> dict[str, Any]:
     """Run an exporter.
 
-    Files in: those of :func:`source` by name; out: the variant's files (``variant--...``), a chunk map of each
-    (``chunk-map-...``), and the exporter's log. Values in: ``source``. Params: ``runtime``, ``precision``, ``toolchain`` (its
-    digest), ``context_tokens`` (where the format fixes it), ``artifact_bytes`` (the budget, or None), ``options`` (the
-    recipe's, for the exporter).
+    Files in: those of :func:`source` by name, and ``calibration`` (lists of token ids) where the format asks for it; out: the
+    variant's files (``variant--...``), a chunk map of each (``chunk-map-...``), and the exporter's log. Values in: ``source``.
+    Params: ``runtime``, ``precision``, ``toolchain`` (its digest), ``context_tokens`` (where the format fixes it),
+    ``artifact_bytes`` (the budget, or None), ``options`` (the recipe's, for the exporter).
     Value: ``files`` with size, digest and format of each; ``bytes``; ``bits_per_weight``; ``sha256`` of all files together.
 
     Raises:
@@ -93,7 +86,9 @@ def export(context: StepContext) -> dict[str, Any]:
         given.mkdir()
         made.mkdir()
         for name, path in context.files.items():
-            link_or_copy(path, given / name)
+            if name != CALIBRATION:
+                link_or_copy(path, given / name)
+        calibration = context.files.get(CALIBRATION)
         request = {
             "op": "export",
             "source": str(given),
@@ -106,6 +101,7 @@ def export(context: StepContext) -> dict[str, Any]:
             "model": model,
             "model_name": form.model,
             "keep_from_source": list(TOKENIZER_FILES),
+            "calibration": json.loads(calibration.read_text(encoding="utf-8")) if calibration else None,
         }
         with ToolProcess(
             interpreter_of(form, context),

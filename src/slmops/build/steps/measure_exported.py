@@ -31,11 +31,9 @@ from slmops.core.device.fit import ModelShape, Serving, memory_needed
 from slmops.runtimes import EngineSpec, load, open_engine
 from slmops.runtimes.bench import bench_model
 
-_TOOLS = "slmops.build.export.tools"
 USES = (
     "slmops.build.conversations",
     "slmops.build.export.exported",
-    "slmops.build.export.formats",
     "slmops.build.export.tool_process",
     "slmops.build.steps.answers",
     "slmops.build.steps.divergence",
@@ -44,13 +42,6 @@ USES = (
     "slmops.core.device.fit",
     "slmops.runtimes.bench",
     "slmops.runtimes.registry",
-    f"{_TOOLS}.pte",
-    f"{_TOOLS}.genai",
-    f"{_TOOLS}.litert",
-    f"{_TOOLS}.ptl",
-    f"{_TOOLS}.stepwise",
-    f"{_TOOLS}.tokenizer_file",
-    f"{_TOOLS}.tool_protocol",
 )
 PORT, TOOLCHAIN = "port", "toolchain"
 

@@ -46,15 +46,7 @@ if TYPE_CHECKING:
 USES = (
     "slmops.build.conversations",
     "slmops.build.export.exported",
-    "slmops.build.export.formats",
     "slmops.build.export.tool_process",
-    "slmops.build.export.tools.pte",
-    "slmops.build.export.tools.genai",
-    "slmops.build.export.tools.litert",
-    "slmops.build.export.tools.ptl",
-    "slmops.build.export.tools.stepwise",
-    "slmops.build.export.tools.tokenizer_file",
-    "slmops.build.export.tools.tool_protocol",
     "slmops.build.hf.write",
     "slmops.build.parity.checks",
     "slmops.build.parity.texts",
@@ -207,7 +199,15 @@ def _compare(
         answers += tool.ask(op="generate", prompts=[prompt], max_tokens=ANSWER_TOKENS)
         context.progress(0.4 + 0.2 * (at + 1) / len(source.prompts), "parity: greedy answers")
     margins = [_margin(model, *one) for one in zip(source.prompts, source.answers, answers, strict=True)]
-    checks.append(same_answers(source.answers, answers, first_tokens=limits.greedy_tokens, margins=margins))
+    checks.append(
+        same_answers(
+            source.answers,
+            answers,
+            first_tokens=limits.greedy_tokens,
+            margins=margins,
+            even_nats=limits.even_nats,
+        )
+    )
     try:
         checks += _divergence(context, variant, source, model, tool, answers)
     except Unable as error:

@@ -1,7 +1,7 @@
 """The child of the ExecuTorch runtime: `python -m slmops.runtimes.executorch.engine`.
 
-The binding is the wheel's ``_C`` module, loaded after torch as it wants; the attention kernel is registered
-from its shared library, because the Python module around that imports the compiler. With them a child without
+The binding is the wheel's ``_C`` module, loaded after torch as it wants; kernels are registered from their shared
+libraries, because the Python modules around them import the compiler. With them a child without
 a model has some 145 MB of its own, torch nearly all of it.
 """
 
@@ -19,7 +19,11 @@ from slmops.core.errors import RuntimeLoadError
 from slmops.runtimes.token_loop.model import Logits, ModelCard
 from slmops.runtimes.token_loop.server import serve
 
-_KERNELS = "extension/llm/custom_ops/libcustom_ops_aot_lib.so"
+#: attention with a cache; and embeddings in few bits, which an 8da4w program cannot run without (error 0x14)
+_KERNELS = (
+    "extension/llm/custom_ops/libcustom_ops_aot_lib.so",
+    "kernels/quantized/libquantized_ops_aot_lib.so",
+)
 _MAX_CHUNK_TOKENS = 64
 
 
@@ -27,7 +31,7 @@ class ExecutorchModel:
     """A loaded program, which is one sequence; see `TokenModel`."""
 
     max_sequences: int | None = 1
-    max_chunk_tokens: int = _MAX_CHUNK_TOKENS
+    max_chunk_tokens: int
 
     def __init__(self, spec: dict[str, Any], card: ModelCard) -> None:
         import torch  # noqa: PLC0415 - after the limits are in force, and before the binding, which needs it loaded
@@ -35,7 +39,8 @@ class ExecutorchModel:
         torch.set_num_threads(spec["threads"])
         from executorch.extension.pybindings import _C  # noqa: PLC0415
 
-        torch.ops.load_library(str(_folder_of("executorch") / _KERNELS))
+        for kernels in _KERNELS:
+            torch.ops.load_library(str(_folder_of("executorch") / kernels))
         self._torch = torch
         _set_threads(_C, spec["threads"])  # before the program, whose delegate keeps the pool that it met
         self._program = _C._load_for_executorch(spec["model_path"])
@@ -54,6 +59,9 @@ class ExecutorchModel:
                 f"context_tokens: {spec['context_tokens']} asked, the program holds {room}",
                 hint="ask for less",
             )
+        # its dynamic length ends one before what it was exported for
+        longest = int(facts.get("get_max_seq_len", _MAX_CHUNK_TOKENS + 1)) - 1
+        self.max_chunk_tokens = max(min(_MAX_CHUNK_TOKENS, longest), 1)
         self.vocab_tokens = card.vocab_tokens
         probe = self.evaluate([0, 0], 0)  # a program that loads and cannot run is refused here
         self.gives_all_rows = len(probe) == 2

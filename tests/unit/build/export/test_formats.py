@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from slmops.build.export.exported import digest_of_files
 from slmops.build.export.formats import FORMATS, REFUSED, format_of, refuse_options
-from slmops.build.export.tool_process import TOOLS
+from slmops.build.export.tool_process import SHARED, TOOLS, digest_of_tool
 from slmops.build.export.toolchain import Toolchain, ensure, names, toolchain
 from slmops.core.errors import (
     BuildError,
@@ -47,6 +48,18 @@ def test_options_that_give_files_that_do_not_load_are_refused() -> None:
     with pytest.raises(DocumentError, match="exclude_embeds"):
         refuse_options("onnxruntime-genai", {"exclude_embeds": "true"})
     refuse_options("onnxruntime-genai", {"block_size": "64"})
+    with pytest.raises(DocumentError, match="takes no options, got cache_length"):
+        refuse_options("litert", {"cache_length": "64"})
+
+
+def test_a_script_depends_on_what_it_imports() -> None:
+    """Every module that a script imports from beside itself is in its digest, so in the key of what it makes."""
+    beside = {path.stem for path in TOOLS.glob("*.py")}
+    for form in FORMATS:
+        tree = ast.parse((TOOLS / f"{form.tool}.py").read_text())
+        imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert imported & beside <= {*SHARED}
+    assert len({digest_of_tool(form.tool) for form in FORMATS}) == len({form.tool for form in FORMATS})
 
 
 def test_locks_are_exact() -> None:

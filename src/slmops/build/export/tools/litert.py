@@ -30,13 +30,17 @@ def export(request: dict[str, Any], tell: Callable[[float | None, str], None]) -
 
     options, out = request["options"], Path(request["out"])
     made = Path(tempfile.mkdtemp(dir=Path.cwd()))
+    source, recipe = Path(request["source"]), options["quantization_recipe"]
+    if "group_size" in options:
+        source = _rounded(source, request["calibration"], options["group_size"], tell)
+        recipe = str(_write_recipe(Path.cwd() / "recipe.json", options["group_size"]))
     tell(None, f"litert-torch, {request['precision']}: some minutes")
     run(
-        request["source"],
+        str(source),
         str(made),
         prefill_lengths=options["prefill_lengths"],
         cache_length=request["context_tokens"],
-        quantization_recipe=options["quantization_recipe"],
+        quantization_recipe=recipe,
         bundle_litert_lm=options["bundle"],
         keep_temporary_files=not options["bundle"],
     )
@@ -47,6 +51,43 @@ def export(request: dict[str, Any], tell: Callable[[float | None, str], None]) -
     chosen = (quantised or found)[0] if options["quantization_recipe"] != "none" else found[0]
     shutil.move(chosen, out / request["model_name"])
     return {"files": [request["model_name"]], "litert_torch": version("litert-torch")}
+
+
+def _rounded(
+    source: Path,
+    sequences: Sequence[Sequence[int]],
+    group_size: int,
+    tell: Callable[[float | None, str], None],
+) -> Path:
+    """The source with blocks' weights on the int4 grid that the quantiser finds again: it rounds each for itself."""
+    import torch
+    from error_feedback import quantise
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    quantise(model, sequences, group_size, tell, pinned=True)
+    made = Path(tempfile.mkdtemp(dir=Path.cwd()))
+    shutil.copytree(source, made, dirs_exist_ok=True)
+    model.save_pretrained(made)
+    return made
+
+
+def _write_recipe(path: Path, group_size: int) -> Path:
+    """Blocks in int4 by groups; embedding and output, which cost most, in int8 by rows. Activations as for int8."""
+    from ai_edge_quantizer.qtyping import QuantGranularity, TFLOperationName
+    from ai_edge_quantizer.recipe_manager import RecipeManager
+
+    recipe = RecipeManager()
+    groups = QuantGranularity(f"BLOCKWISE_{group_size}")
+    linear = TFLOperationName.FULLY_CONNECTED
+    recipe.add_dynamic_config(".*", linear, num_bits=4, granularity=groups)
+    recipe.add_dynamic_config(".*(lm_head|logits).*", linear, num_bits=8)
+    recipe.add_dynamic_config(".*", TFLOperationName.EMBEDDING_LOOKUP, num_bits=8)
+    path.write_text(json.dumps(recipe.get_quantization_recipe()), encoding="utf-8")
+    return path
 
 
 class LitertProgram:

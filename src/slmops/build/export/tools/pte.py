@@ -17,7 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from stepwise import greedy, logits_of
+from error_feedback import quantise, rows_in_int8
+from stepwise import greedy, logits_in_pieces
 from tokenizer_file import TokenizerFile
 from tool_protocol import serve
 
@@ -46,10 +47,14 @@ def export(request: dict[str, Any], tell: Callable[[float | None, str], None]) -
     work = Path(request["checkpoints"] or Path.cwd())
     work.mkdir(parents=True, exist_ok=True)
     weights, params = work / "model.pth", work / "params.json"
+    group_size = options.get("group_size")
     if not params.is_file():
         tell(0.0, "executorch: converting weights")
-        _convert(source, weights)
-        params.write_text(json.dumps(_params(source)), encoding="utf-8")
+        if group_size:
+            _quantise(source, weights, request["calibration"], group_size, tell)
+        else:
+            _convert(source, weights)
+        params.write_text(json.dumps(_params(source, group_size)), encoding="utf-8")
     made = Path.cwd() / request["model_name"]
     command = [
         "base.model_class=smollm2",
@@ -59,17 +64,20 @@ def export(request: dict[str, Any], tell: Callable[[float | None, str], None]) -
         "model.use_sdpa_with_kv_cache=True",
         "model.dtype_override=fp32",
         "backend.xnnpack.enabled=True",
-        f"export.max_seq_length={request['context_tokens']}",
+        # logits of every token, so that scoring takes pieces; pieces are short, because room for theirs is set aside
+        "debug.generate_full_logits=True",
+        f"export.max_seq_length={min(options['piece_tokens'] + 1, request['context_tokens'])}",
         f"export.max_context_length={request['context_tokens']}",
         f"export.output_name={made.name}",  # its output_dir is ignored: it writes where it runs
     ]
-    if "quantise" in options:
+    if group_size:  # a checkpoint that is quantised already is what "qat" stands for
         command += [
-            f"quantization.qmode={options['quantise']}",
-            f"quantization.group_size={options['group_size']}",
-            f"quantization.embedding_quantize='{options['embedding_bits']},0'",
+            "quantization.use_qat=True",
+            "base.preq_mode=preq_8da4w_out_8da8w",
+            f"base.preq_group_size={group_size}",
+            "base.preq_embedding_quantize='8,0'",
         ]
-    minutes = "a quarter of an hour" if "quantise" in options else "some minutes"
+    minutes = "a quarter of an hour" if group_size else "some minutes"
     tell(None, f"executorch {request['precision']}: {minutes} on one core")
     run = [sys.executable, "-m", "executorch.extension.llm.export.export_llm", *command]
     subprocess.run(run, stdin=subprocess.DEVNULL, check=True)
@@ -79,13 +87,48 @@ def export(request: dict[str, Any], tell: Callable[[float | None, str], None]) -
 
 def _convert(source: Path, target: Path) -> None:
     """Weights under Meta's names, float32; q and k stay in Hugging Face's order (``use_hf_rope``)."""
-    import torch
     from safetensors.torch import load_file
 
     made = {}
     for name, weight in load_file(source / "model.safetensors").items():
         made[_meta_name(name)] = weight.float()
     made.setdefault("output.weight", made["tok_embeddings.weight"])
+    _save(made, target)
+
+
+def _quantise(
+    source: Path,
+    target: Path,
+    sequences: Sequence[Sequence[int]],
+    group_size: int,
+    tell: Callable[[float | None, str], None],
+) -> None:
+    """The same, blocks in int4 by groups with error feedback, embedding and output in int8 by rows."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    made = {_meta_name(name): weight.clone() for name, weight in model.state_dict().items()}
+    made.setdefault("output.weight", made["tok_embeddings.weight"])
+    quantised = {
+        _meta_name(name): found for name, found in quantise(model, sequences, group_size, tell).items()
+    }
+    quantised |= {name: rows_in_int8(made[name]) for name in ("tok_embeddings.weight", "output.weight")}
+    for name, (values, scales) in quantised.items():
+        made[name] = values
+        made[f"{name.removesuffix('weight')}scales"] = scales
+        if not name.startswith("tok_embeddings"):
+            made[f"{name.removesuffix('weight')}zeros"] = torch.zeros_like(scales)
+    # the exporter takes the first one's type for the type of all
+    _save({"norm.weight": made.pop("norm.weight"), **made}, target)
+
+
+def _save(made: dict[str, Any], target: Path) -> None:
+    import torch
+
     unfinished = target.with_suffix(".part")
     torch.save(made, unfinished)
     unfinished.rename(target)
@@ -103,9 +146,10 @@ def _meta_name(name: str) -> str:
     return f"layers.{parts[2]}.{_PARTS['.'.join(parts[3:-1])]}.weight"
 
 
-def _params(source: Path) -> dict[str, Any]:
+def _params(source: Path, group_size: int | None) -> dict[str, Any]:
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    return {
+    grouped = {"quantization_args": {"group_size": group_size}} if group_size else {}
+    return grouped | {
         "dim": config["hidden_size"],
         "n_layers": config["num_hidden_layers"],
         "n_heads": config["num_attention_heads"],
@@ -137,13 +181,29 @@ class ExecutorchProgram:
         if hasattr(_C, "_unsafe_reset_threadpool"):
             _C._unsafe_reset_threadpool(1)
         self._program = _C._load_for_executorch(path)
+        # its dynamic length ends one before what it was told
+        self._piece_tokens = int(self._program.run_method("get_max_seq_len", [])[0]) - 1
 
     def feed(self, token_ids: Sequence[int], position: int) -> Any:
         """See :class:`stepwise.Program`."""
+        for at in range(0, len(token_ids), self._piece_tokens):
+            rows = self._rows(token_ids[at : at + self._piece_tokens], position + at)
+        return rows[-1]
+
+    def feed_all(self, token_ids: Sequence[int], position: int) -> Any:
+        """See :class:`stepwise.WholeProgram`."""
+        import numpy as np
+
+        pieces = range(0, len(token_ids), self._piece_tokens)
+        return np.concatenate(
+            [self._rows(token_ids[at : at + self._piece_tokens], position + at) for at in pieces]
+        )
+
+    def _rows(self, token_ids: Sequence[int], position: int) -> Any:
         tokens = self._torch.tensor([list(token_ids)], dtype=self._torch.long)
         at = self._torch.tensor([position], dtype=self._torch.long)
         rows = self._program.forward((tokens, at))[0].float().numpy()
-        return rows.reshape(-1, rows.shape[-1])[-1].copy()
+        return rows.reshape(-1, rows.shape[-1]).copy()
 
 
 class ExecutorchModel(TokenizerFile):
@@ -166,7 +226,7 @@ class ExecutorchModel(TokenizerFile):
 
     def logits(self, token_ids: Sequence[int], first: int) -> Any:
         """See :class:`tool_protocol.ExportedModel`."""
-        return logits_of(self._program, token_ids, first)
+        return logits_in_pieces(self._program, token_ids, first)
 
     def generate(self, token_ids: Sequence[int], max_tokens: int, *, stop: bool) -> list[int]:
         """See :class:`tool_protocol.ExportedModel`."""

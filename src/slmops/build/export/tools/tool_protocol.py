@@ -68,7 +68,9 @@ def serve(
     _limit(request.get("limits") or {})
     try:
         if request["op"] == "export":
-            send({"value": export(request, lambda ratio, note: send({"ratio": ratio, "note": note}))})
+            made = export(request, lambda ratio, note: send({"ratio": ratio, "note": note}))
+            print(f"export: {_used()}", file=sys.stderr)  # into the log: it is no part of the result
+            send({"value": made})
             return 0
         began_s = time.perf_counter()
         model = open_model(request)
@@ -125,6 +127,13 @@ def _bench(model: ExportedModel, asked: dict[str, Any]) -> dict[str, Any]:
         )
     busy = (time.process_time() - cpu_s) / max(time.perf_counter() - wall_s, 1e-9)
     return {"repeats": repeats, "busy_ratio": busy, **_memory()}
+
+
+def _used() -> str:
+    """CPU time and highest resident memory of this process and of those that it ran."""
+    own, ran = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    cpu_s = sum(one.ru_utime + one.ru_stime for one in (own, ran))
+    return f"{cpu_s:.0f} s of CPU, {max(own.ru_maxrss, ran.ru_maxrss) >> 10} MB resident at most"
 
 
 def _memory() -> dict[str, int]:
