@@ -18,7 +18,8 @@ from slmops.build.hf.directory import needed_files
 from slmops.build.steps.convert import check as check_hf
 from slmops.build.steps.fetch import facts as base_facts
 from slmops.core.errors import DocumentError
-from slmops.protocol.documents.recipe import GateSpec, Recipe, Target
+from slmops.protocol.documents.recipe import Recipe, Target
+from slmops.protocol.documents.recipe_gates import GateSpec
 
 if TYPE_CHECKING:
     from slmops.build.recipe_files import ReadRecipe

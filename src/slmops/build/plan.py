@@ -63,7 +63,8 @@ from slmops.build.step_names import (
 )
 from slmops.build.weight_plan import Weights, plan_weights
 from slmops.core.errors import NotFoundError
-from slmops.protocol.documents.recipe import Evaluation, Recipe, Target
+from slmops.protocol.documents.recipe import Recipe, Target
+from slmops.protocol.documents.recipe_gates import Evaluation
 
 
 @dataclass(frozen=True, slots=True)

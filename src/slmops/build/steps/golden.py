@@ -64,6 +64,7 @@ USES = (
     "slmops.artifact.manifest",
     "slmops.build.conversations",
     "slmops.build.faults",
+    "slmops.build.fault_edits",
     "slmops.build.fault_catalogue",
     "slmops.build.gguf_file",
     "slmops.build.golden_choice",
