@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -41,7 +42,7 @@ def hf_sources(recipe: Recipe, folder: Path) -> dict[str, SourceFile]:
     """
     if recipe.base.hf is None:
         return {}
-    files = needed_files(folder / recipe.base.hf)
+    files = needed_files(Path(os.path.normpath(folder / recipe.base.hf)))
     check_hf(files)
     return {HF_ROLE + name: SourceFile(path, sha256_of_file(path)) for name, path in files.items()}
 
