@@ -41,6 +41,13 @@ def test_a_starter_project_is_a_valid_recipe(here: Path) -> None:
         assert isinstance(recipe, Recipe)
         assert recipe.task.examples == "examples.jsonl"
     assert 'gguf: "../m.gguf"' in (here / "other" / "recipe.yaml").read_text()
+    slmops("init", "phone", "--profile", "android-mid", "--profile", "pi5-8gb")
+    (recipe,) = load_documents((here / "phone" / "recipe.yaml").read_text(), "recipe.yaml")
+    assert isinstance(recipe, Recipe)
+    assert [target.runtime for target in recipe.targets] == [
+        "litert-lm",
+        "llama.cpp",
+    ]  # what these devices have
     with pytest.raises(ConflictError, match="exists"):
         slmops("init", "mine")
     with pytest.raises(UsageError, match=r"--base nothing\.gguf: does not exist"):

@@ -13,6 +13,7 @@ from slmops.core.device.profile import BUILTIN_PROFILES
 from slmops.core.errors import ConflictError, NotFoundError, UsageError
 
 DEFAULT_PROFILES = ("pi5-8gb",)
+USUAL_RUNTIME = "llama.cpp"
 #: file of a project's recipe
 RECIPE = "recipe.yaml"
 #: SmolLM2-135M-Instruct, Apache-2.0, in a wheel on PyPI: what a project begins with when it has no model of its own
@@ -56,7 +57,7 @@ def recipe_text(name: str, base: str, examples: str, profiles: Sequence[str], fi
             hint=f"one of {', '.join(BUILTIN_PROFILES)}; for another device write a recipe with a kind: DeviceProfile "
             "document (slmops init DIR makes the recipe)",
         )
-    targets = "\n".join(f"  - {{profile: {profile}}}" for profile in dict.fromkeys(profiles))
+    targets = "\n".join(f"  - {_target(profile)}" for profile in dict.fromkeys(profiles))
     return f"""# What is not written here has a default: the split of the examples, calibration text, budgets, gates.
 # docs/reference/documents.md has every field. Build it: slmops build run {file}
 apiVersion: slmops/v1
@@ -70,6 +71,13 @@ task:
 targets:
 {targets}
 """
+
+
+def _target(profile: str) -> str:
+    """A target for a profile: through llama.cpp where devices have it, else through the first engine that they have."""
+    engines = BUILTIN_PROFILES[profile].runtimes
+    runtime = "" if USUAL_RUNTIME in engines else f", runtime: {engines[0]}"
+    return f"{{profile: {profile}{runtime}}}"
 
 
 def base_lines(base: Path, folder: Path) -> str:
