@@ -12,6 +12,8 @@ from tests.support.tiny_gemma import make_tiny_gemma
 from tests.support.tiny_model import make_tiny_gguf
 
 from slmops.build import load_build, run_build
+from slmops.build.evidence import task_figures
+from slmops.build.recipe_files import read_recipe
 from slmops.core.errors import BaseModelError, BudgetError, DocumentError
 
 QUICK = {
@@ -166,3 +168,19 @@ def test_a_device_that_nothing_fits_is_told_before_anything_is_measured(
         )
     assert "make-a-model-smaller" in caught.value.hint
     assert not {"imatrix", "errors", "distributions: unquantised"} & set(begun)
+
+
+def test_the_form_of_plain_text_is_not_judged(tmp_path: Path) -> None:
+    """A share of valid JSON among answers that should be none would only puzzle."""
+    make_tiny_gguf(tmp_path / "base.gguf")
+    recipe = project(tmp_path, {"gguf": "base.gguf"})
+    answers = {
+        "free": {"items": ["a", "b"], "exact": [True, False], "valid": [False, False]},
+        "constrained": {"items": [], "exact": [], "valid": []},
+    }
+    read = read_recipe(recipe, tmp_path / "cache")
+    assert task_figures(read, answers)["schema_valid_ratio"] == 0
+    lines = [json.dumps({"prompt": f"is {i} even?", "answer": "yes"}) for i in range(8)]
+    (tmp_path / "examples.jsonl").write_text("\n".join(lines))
+    figures = task_figures(read_recipe(recipe, tmp_path / "cache"), answers)
+    assert (figures["schema_valid_ratio"], figures["exact_match_ratio"]) == (None, 0.5)

@@ -152,11 +152,11 @@ def assemble(
         else results[plan.base.step].files[plan.base.file].sha256
     )
     licence = recipe.base.licence or facts["licence"] or UNKNOWN_LICENCE
-    scores = {"reference": task_figures(results[ASKED_REFERENCE].value)}
+    scores = {"reference": task_figures(read, results[ASKED_REFERENCE].value)}
     if plan.paired != ASKED_REFERENCE:
-        scores["dense"] = task_figures(results[plan.paired].value)
+        scores["dense"] = task_figures(read, results[plan.paired].value)
     if ASKED_BASE in results:
-        scores["base"] = task_figures(results[ASKED_BASE].value)
+        scores["base"] = task_figures(read, results[ASKED_BASE].value)
     prompts = {}
     prompt = read.sources.get("system_prompt")
     if prompt is not None:  # no blank at its end: the template sets the prompt apart by itself

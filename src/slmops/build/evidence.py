@@ -206,7 +206,7 @@ def figures_of(
         **likelihood,
         "estimates": estimates,
         "flips_ratio": flips.value if flips else None,
-        **task_figures(answers),
+        **task_figures(read, answers),
         **{
             name: speed[name]
             for name in (
@@ -224,13 +224,17 @@ def figures_of(
     }
 
 
-def task_figures(answers: Mapping[str, Any]) -> dict[str, Any]:
-    """Rates of a model's answers: exact and valid, free and held to the schema; None where nothing was asked."""
+def task_figures(read: ReadRecipe, answers: Mapping[str, Any]) -> dict[str, Any]:
+    """Rates of a model's answers: exact and valid, free and held to the schema; None where nothing was asked.
+
+    Of plain text without a schema, nothing is asked of its form either.
+    """
     free, held = answers["free"], answers["constrained"]
+    formed = read.recipe.task.kind != "text" or "schema" in read.sources
     return {
         "items": len(free["items"]),
         "exact_match_ratio": _rate(free["exact"]),
-        "schema_valid_ratio": _rate(free["valid"]),
+        "schema_valid_ratio": _rate(free["valid"]) if formed else None,
         "constrained_items": len(held["items"]),
         "exact_match_constrained_ratio": _rate(held["exact"]),
         "schema_valid_constrained_ratio": _rate(held["valid"]),
