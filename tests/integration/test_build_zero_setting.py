@@ -12,7 +12,9 @@ from tests.support.tiny_gemma import make_tiny_gemma
 from tests.support.tiny_model import make_tiny_gguf
 
 from slmops.build import load_build, run_build
-from slmops.core.errors import BaseModelError, DocumentError
+from slmops.build.evidence import task_figures
+from slmops.build.recipe_files import read_recipe
+from slmops.core.errors import BaseModelError, BudgetError, DocumentError
 
 QUICK = {
     "text_tokens": 128,
@@ -130,3 +132,55 @@ def test_bad_input_is_refused_before_anything_runs(tmp_path: Path) -> None:
     refused(BaseModelError, "is no directory", {"hf": "elsewhere"})
     (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "pytorch_model.bin")
     refused(BaseModelError, "a Python pickle", {"hf": "hf"})
+
+
+@pytest.mark.parametrize(
+    ("small", "said"),
+    [
+        ({"ram_bytes": 1_000_000}, r"ram_bytes 1000000 leaves 0 bytes for the file"),
+        ({"disk_bytes": 90_000}, r"the profile leaves 30000 bytes for the file \(disk\)"),
+    ],
+)
+def test_a_device_that_nothing_fits_is_told_before_anything_is_measured(
+    tmp_path: Path, small: dict[str, int], said: str
+) -> None:
+    """The shapes say it at once; what would help is in the hint."""
+    make_tiny_gguf(tmp_path / "base.gguf")
+    recipe = project(tmp_path, {"gguf": "base.gguf"}, targets=[{"profile": "toaster"}])
+    figures = {
+        "ram_bytes": 10**9,
+        "disk_bytes": 10**9,
+        "cores": 1,
+        "memory_bandwidth_bytes_s": 10**9,
+        "compute_flops": 10**9,
+    }
+    head = {"apiVersion": "slmops/v1", "kind": "DeviceProfile", "metadata": {"name": "toaster"}}
+    profile = {**head, "arch": "aarch64", **figures, **small}
+    recipe.write_text(recipe.read_text() + "---\n" + yaml.safe_dump(profile))
+    begun: list[str] = []
+    with pytest.raises(BudgetError, match=said) as caught:
+        run_build(
+            recipe,
+            tmp_path / "out",
+            cache_dir=tmp_path / "cache",
+            workers=0,
+            progress=lambda event: begun.append(event.step),
+        )
+    assert "make-a-model-smaller" in caught.value.hint
+    assert not {"imatrix", "errors", "distributions: unquantised"} & set(begun)
+
+
+def test_the_form_of_plain_text_is_not_judged(tmp_path: Path) -> None:
+    """A share of valid JSON among answers that should be none would only puzzle."""
+    make_tiny_gguf(tmp_path / "base.gguf")
+    recipe = project(tmp_path, {"gguf": "base.gguf"})
+    answers = {
+        "free": {"items": ["a", "b"], "exact": [True, False], "valid": [False, False]},
+        "constrained": {"items": [], "exact": [], "valid": []},
+    }
+    read = read_recipe(recipe, tmp_path / "cache")
+    assert task_figures(read, answers)["schema_valid_ratio"] == 0
+    lines = [json.dumps({"prompt": f"is {i} even?", "answer": "yes"}) for i in range(8)]
+    (tmp_path / "examples.jsonl").write_text("\n".join(lines))
+    figures = task_figures(read_recipe(recipe, tmp_path / "cache"), answers)
+    assert (figures["schema_valid_ratio"], figures["exact_match_ratio"]) == (None, 0.5)

@@ -41,6 +41,13 @@ def test_a_starter_project_is_a_valid_recipe(here: Path) -> None:
         assert isinstance(recipe, Recipe)
         assert recipe.task.examples == "examples.jsonl"
     assert 'gguf: "../m.gguf"' in (here / "other" / "recipe.yaml").read_text()
+    slmops("init", "phone", "--profile", "android-mid", "--profile", "pi5-8gb")
+    (recipe,) = load_documents((here / "phone" / "recipe.yaml").read_text(), "recipe.yaml")
+    assert isinstance(recipe, Recipe)
+    assert [target.runtime for target in recipe.targets] == [
+        "litert-lm",
+        "llama.cpp",
+    ]  # what these devices have
     with pytest.raises(ConflictError, match="exists"):
         slmops("init", "mine")
     with pytest.raises(UsageError, match=r"--base nothing\.gguf: does not exist"):
@@ -78,8 +85,34 @@ def test_flags_alone_build_and_are_written_down(here: Path) -> None:
     assert value["explained"][0]["cost"]
     assert value["points"][0]["profile"] == "pi5-8gb"
     (here / "build" / "tiny-model.yaml").write_text(text + "# mine\n")
-    with pytest.raises(ConflictError, match="exists and says something else"):
+    with pytest.raises(ConflictError, match="exists and was edited"):
         slmops("build", "run", *flags)
+
+
+def test_flags_that_failed_or_changed_do_not_stand_in_the_way(here: Path) -> None:
+    """A mistake in the flags leaves a recipe behind; mended flags overwrite it, for nobody edited it."""
+    make_tiny_gguf(here / "m.gguf")
+    (here / "bad.jsonl").write_text('{"prompt": "a"}\n')
+    (here / "good.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    with pytest.raises(DocumentError, match=rf"^{here}/bad\.jsonl:1"):
+        slmops("build", "run", "--base", "m.gguf", "--examples", "bad.jsonl", "--cache", "cache")
+    assert "bad.jsonl" in (here / "build" / "m.yaml").read_text()
+    with pytest.raises(DocumentError, match="at least 4"):
+        slmops("build", "run", "--base", "m.gguf", "--examples", "good.jsonl", "--cache", "cache")
+    assert "good.jsonl" in (here / "build" / "m.yaml").read_text()
+
+
+def test_a_project_is_built_by_its_folder(here: Path) -> None:
+    """As people type it; a folder without a recipe is told apart."""
+    slmops("init", "mine")
+    text = (here / "mine" / "recipe.yaml").read_text()
+    assert "slmops build run mine/recipe.yaml" in text
+    (here / "mine" / "recipe.yaml").write_text(text.replace("pi5-8gb", "toaster"))
+    with pytest.raises(NotFoundError, match="toaster"):
+        slmops("build", "run", "mine", "--cache", "cache")
+    (here / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"empty is a folder without recipe\.yaml"):
+        slmops("build", "run", "empty")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from slmops.agent.golden import expectation_of, score_prompts
 from slmops.artifact.manifest import GoldenExpectations, GoldenPack, decode
 from slmops.build import run_build
 from slmops.build.fault_catalogue import FAULTS
-from slmops.build.faults import Fault, faulty_copy, noisy, rows_of
+from slmops.build.fault_edits import noisy, rows_of
+from slmops.build.faults import Fault, faulty_copy
 from slmops.build.golden_text import TEXT
 from slmops.build.steps.golden_trace import TEXT_ID
 from slmops.core.evidence.golden import PromptExpectation, judge_own

@@ -129,7 +129,8 @@ def same_answer(got: str, expected: str) -> bool:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        # not splitlines, which also splits at U+2028 and its like, that texts may hold
+        return path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError as error:
         raise DocumentError(
             f"{path}: does not exist",

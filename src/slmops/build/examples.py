@@ -60,7 +60,7 @@ def read_examples(path: Path, system_prompt: str = "") -> list[Example]:
         DocumentError: names file, line, what was found and what to write; or too few lines.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: text may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise DocumentError(f"{path}: cannot be read: {error}", hint=f"give UTF-8 text, {_FIX}") from error
     found = [

@@ -22,7 +22,8 @@ from slmops.build.graph import Output, SourceFile, Step
 from slmops.build.recipe_files import ReadRecipe, serving_of
 from slmops.build.step_names import DISTRIBUTIONS, EXPORT_SOURCE, PACK, TEXT, of_target
 from slmops.core.errors import SlmopsError
-from slmops.protocol.documents.recipe import Evaluation, Target
+from slmops.protocol.documents.recipe import Target
+from slmops.protocol.documents.recipe_gates import Evaluation
 from slmops.runtimes.registry import BUILT_IN, load
 
 Source = Output | SourceFile

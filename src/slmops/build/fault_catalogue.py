@@ -7,8 +7,7 @@ those that choose prompts in a build; figures of power must say how many of the 
 
 from __future__ import annotations
 
-from slmops.build.faults import (
-    Fault,
+from slmops.build.fault_edits import (
     block_at,
     bytes_of,
     count_value,
@@ -41,6 +40,7 @@ from slmops.build.faults import (
     weight_name,
     zeroed,
 )
+from slmops.build.faults import Fault
 
 _EPSILON = "{arch}.attention.layer_norm_rms_epsilon"
 _ROPE_BASE = "{arch}.rope.freq_base"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,8 @@ from slmops.build.hf.directory import needed_files
 from slmops.build.steps.convert import check as check_hf
 from slmops.build.steps.fetch import facts as base_facts
 from slmops.core.errors import DocumentError
-from slmops.protocol.documents.recipe import GateSpec, Recipe, Target
+from slmops.protocol.documents.recipe import Recipe, Target
+from slmops.protocol.documents.recipe_gates import GateSpec
 
 if TYPE_CHECKING:
     from slmops.build.recipe_files import ReadRecipe
@@ -40,7 +42,7 @@ def hf_sources(recipe: Recipe, folder: Path) -> dict[str, SourceFile]:
     """
     if recipe.base.hf is None:
         return {}
-    files = needed_files(folder / recipe.base.hf)
+    files = needed_files(Path(os.path.normpath(folder / recipe.base.hf)))
     check_hf(files)
     return {HF_ROLE + name: SourceFile(path, sha256_of_file(path)) for name, path in files.items()}
 

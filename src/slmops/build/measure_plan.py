@@ -20,7 +20,8 @@ from slmops.build.step_names import (
     of_target,
 )
 from slmops.build.weight_plan import Weights
-from slmops.protocol.documents.recipe import Evaluation, Target
+from slmops.protocol.documents.recipe import Target
+from slmops.protocol.documents.recipe_gates import Evaluation
 
 PROMPT_TOKENS, DECODE_TOKENS = 128, 48
 

@@ -63,7 +63,8 @@ from slmops.build.step_names import (
 )
 from slmops.build.weight_plan import Weights, plan_weights
 from slmops.core.errors import NotFoundError
-from slmops.protocol.documents.recipe import Evaluation, Recipe, Target
+from slmops.protocol.documents.recipe import Recipe, Target
+from slmops.protocol.documents.recipe_gates import Evaluation
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +112,9 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
     calibration, held_out = Output(TEXT, "calibration.json"), Output(TEXT, "held-out.json")
     imatrix = Output("imatrix", "imatrix.npz")
     search = read.recipe.search
-    bounded = [target for target in ggufs if target.budget.artifact_bytes is not None]
-    steps += [possible_step(read, target, reference) for target in bounded]
+    unbounded = [target for target in ggufs if target.budget.artifact_bytes is None]
+    steps += [budget_step(of_target("budget", t), read, t, reference) for t in unbounded]
+    steps += [possible_step(read, target, reference) for target in ggufs]
     if exports:
         steps.append(source_step(reference))
         for target in exports:
@@ -142,8 +144,6 @@ def make_plan(read: ReadRecipe, *, only: tuple[str, ...] | None, evaluation: Eva
         run = "slmops.build.steps.type_speed:measure"
         searched.append(Step(SPEEDS, run, {"model": reference}, types, exclusive=True))
     variants = {target.profile: Output(of_target("quantise", target), "model.gguf") for target in ggufs}
-    unbounded = [target for target in ggufs if target.budget.artifact_bytes is None]
-    steps += [budget_step(of_target("budget", t), read, t, reference) for t in unbounded]
     if ggufs and serves_freely(read.recipe):
         steps.append(kv_step(read, ggufs, reference, calibration))
     for target in ggufs:

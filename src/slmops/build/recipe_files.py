@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def _sources(recipe: Recipe, folder: Path) -> dict[str, SourceFile]:
     for role, name in paths.items():
         if name is None:
             continue
-        path = folder / name
+        path = _plain(folder / name)
         if role == "train" and not path.is_file():
             continue  # only recorded: what the adapter was trained on
         if not path.is_file():
@@ -136,7 +137,7 @@ def _sources(recipe: Recipe, folder: Path) -> dict[str, SourceFile]:
         sources[role] = SourceFile(path, sha256_of_file(path))
     sources |= hf_sources(recipe, folder)
     if recipe.base.gguf is not None:
-        path = folder / recipe.base.gguf
+        path = _plain(folder / recipe.base.gguf)
         if not path.is_file():
             raise BaseModelError(
                 f"{path} does not exist (the recipe's base)", hint="paths are relative to the recipe's folder"
@@ -151,6 +152,11 @@ def _sources(recipe: Recipe, folder: Path) -> dict[str, SourceFile]:
                 actual=base.sha256,
             )
     return sources
+
+
+def _plain(path: Path) -> Path:
+    """A path without detours, as people expect it in messages: a recipe beside its build names ``../examples.jsonl``."""
+    return Path(os.path.normpath(path))
 
 
 def serving_of(recipe: Recipe) -> dict[str, Any]:

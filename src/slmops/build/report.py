@@ -138,7 +138,7 @@ def _cost(row: Mapping[str, Any], evidence: Mapping[str, Any]) -> list[str]:
         said.append(
             f"it answers all {items} held-out items word for word as the unquantised model does"
             if count == 0
-            else f"it answers {_one_in(flips)} held-out items ({count} of {items}) differently from the unquantised model"
+            else f"it answers {_share(flips)} held-out items ({count} of {items}) differently from the unquantised model"
         )
     same = figures["same_top_ratio"]
     tokens = figures["scored_tokens"]
@@ -210,6 +210,11 @@ def _help(row: Mapping[str, Any], evidence: Mapping[str, Any], shape: Mapping[st
 
 def _one_in(ratio: float) -> str:
     return f"1 in {round(1 / ratio)}" if ratio <= 0.5 else f"{ratio:.0%}"
+
+
+def _share(ratio: float) -> str:
+    """A share of what comes next in the sentence."""
+    return "all" if ratio >= 1 else _one_in(ratio) + (" of the" if ratio > 0.5 else "")
 
 
 def _mb(size_bytes: float) -> str:

@@ -20,7 +20,7 @@ from slmops.build.plan import make_plan
 from slmops.build.recipe_files import read_recipe, with_speed_table
 from slmops.build.runner import run_steps
 from slmops.core.evidence.gates import Finding, Verdict, combine
-from slmops.protocol.documents.recipe import Evaluation
+from slmops.protocol.documents.recipe_gates import Evaluation
 
 SCHEMA = 1
 UNKNOWN_LICENCE = "unknown"

@@ -138,9 +138,8 @@ def quantise_steps(
 def possible_step(read: ReadRecipe, target: Target, reference: Output) -> Step:
     """The early no to a budget that cannot be met."""
     run = "slmops.build.steps.choose:possible"
-    return Step(
-        of_target("possible", target), run, {"model": reference}, _space_params(read, target), light=True
-    )
+    inputs = {"model": reference, **_budget_input(target)}
+    return Step(of_target("possible", target), run, inputs, _space_params(read, target), light=True)
 
 
 def choose_step(read: ReadRecipe, target: Target, reference: Output) -> Step:
@@ -154,8 +153,7 @@ def choose_step(read: ReadRecipe, target: Target, reference: Output) -> Step:
         inputs |= {f"damage-{part + 1}": Output(f"damage {part + 1}") for part in range(DAMAGE_PARTS)}
     if serves_freely(read.recipe):
         inputs[KV_INPUT] = Output(KV_CACHES)
-    if target.budget.artifact_bytes is None:
-        inputs["budget"] = Output(of_target("budget", target))
+    inputs |= _budget_input(target)
     if predicts(read.recipe.search):
         inputs |= {
             f"predictions-{part + 1}": Output(f"predictions {part + 1}") for part in range(PREDICTION_PARTS)
@@ -178,6 +176,11 @@ def _space_params(read: ReadRecipe, target: Target) -> dict[str, Any]:
         **_bytes(read, target),
         **free,
     }
+
+
+def _budget_input(target: Target) -> dict[str, Output]:
+    """Where the bytes come from that the recipe does not give."""
+    return {"budget": Output(of_target("budget", target))} if target.budget.artifact_bytes is None else {}
 
 
 def _bytes(read: ReadRecipe, target: Target) -> dict[str, int | None]:

@@ -20,7 +20,8 @@ from slmops.core.errors import SlmopsError
 from slmops.core.evidence.estimates import Estimate, rate_estimate
 from slmops.core.evidence.gates import Claim, Finding, PairedGate, ThresholdGate, Verdict, decide
 from slmops.core.evidence.paired import ClusteredCounts
-from slmops.protocol.documents.recipe import GateSpec, Slices, Target, WarningLights
+from slmops.protocol.documents.recipe import Target
+from slmops.protocol.documents.recipe_gates import GateSpec, Slices, WarningLights
 
 #: gate metric to (figure of the variant, whether it holds for this machine only)
 _FIGURES: Mapping[str, tuple[str, bool]] = {

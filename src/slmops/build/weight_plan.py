@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from slmops.build.graph import Output, SourceFile, Step
-from slmops.protocol.documents.recipe import DistilStep, PruneStep, Recipe, Recovery, SparsifyStep
+from slmops.protocol.documents.recipe import Recipe
+from slmops.protocol.documents.recipe_steps import DistilStep, PruneStep, Recovery, SparsifyStep
 
 Source = Output | SourceFile
 #: tokens for second moments (several for each neuron), for the decision which block goes, and for its first round

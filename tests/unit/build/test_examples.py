@@ -45,6 +45,20 @@ def test_three_ways_to_write_an_example(tmp_path: Path) -> None:
     assert read_items(tmp_path / "items.jsonl") == [e.item for e in found]
 
 
+def test_what_editors_and_people_put_into_text(tmp_path: Path) -> None:
+    """A byte order mark, Windows line ends, and the line separators that Unicode knows and JSON allows in a text."""
+    odd = "one\u2028two\x85three"
+    text = "".join(
+        json.dumps({"prompt": f"{i} {odd}", "answer": odd}, ensure_ascii=False) + "\r\n" for i in range(4)
+    )
+    path = tmp_path / "e.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    found = read_examples(path)
+    assert [e.item.answer for e in found] == [odd] * 4
+    (tmp_path / "items.jsonl").write_text(encode_items([e.item for e in found]))
+    assert read_items(tmp_path / "items.jsonl") == [e.item for e in found]
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [

@@ -10,7 +10,8 @@ import pytest
 from tests.support.tiny_model import make_tiny_gguf
 
 from slmops.build.fault_catalogue import FAULTS, PROBES
-from slmops.build.faults import Fault, faulty_copy, rows_of, zeroed
+from slmops.build.fault_edits import rows_of, zeroed
+from slmops.build.faults import Fault, faulty_copy
 from slmops.core.errors import BuildError, RuntimeLoadError, SlmopsError
 from slmops.runtimes import EngineSpec
 from slmops.runtimes.llama_cpp.native import NativeModel

@@ -88,6 +88,10 @@ def test_what_it_costs() -> None:
     assert "all 80 held-out items word for word" in nothing
     assert "at all of 2000 places" in nothing
     assert "held-out items" not in said(changed(flips_ratio=None))["cost"]
+    assert "answers all held-out items (80 of 80) differently" in said(changed(flips_ratio=1.0))["cost"]
+    assert (
+        "answers 75% of the held-out items (60 of 80) differently" in said(changed(flips_ratio=0.75))["cost"]
+    )
     failing = copy.deepcopy(ROW)
     failing["gates"] = [{"gate": "kld.mean", "verdict": "fail", "reason": "0.3 is too much", "needed": 0}]
     assert "gate kld.mean did not pass: 0.3 is too much" in said(failing)["cost"]

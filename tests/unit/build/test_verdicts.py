@@ -12,7 +12,8 @@ from slmops.build.verdicts import flips_estimate, judge, warnings_of
 from slmops.core.errors import DigestError
 from slmops.core.evidence.estimates import Estimate
 from slmops.core.evidence.gates import Verdict
-from slmops.protocol.documents.recipe import Budget, GateSpec, Slices, Target, WarningLights
+from slmops.protocol.documents.recipe import Budget, Target
+from slmops.protocol.documents.recipe_gates import GateSpec, Slices, WarningLights
 
 FIGURES = {
     "kld_mean": 0.04,

@@ -74,12 +74,13 @@ class Space:
 def possible(context: StepContext) -> dict[str, Any]:
     """Refuse a budget that no choice can meet, as soon as the shapes are known: before anything is measured.
 
-    Files in: ``model`` (the F16 reference). Params: as :func:`choose` takes them. Value: ``smallest_bytes``.
+    Files in: ``model`` (the F16 reference). Value in: maybe ``budget``. Params: as :func:`choose` takes them. Value:
+    ``smallest_bytes``.
 
     Raises:
         BudgetError: as :func:`choose` says it.
     """
-    params = context.params
+    params = budget_of(context.params, context.values.get("budget"))
     with open_gguf(context.files["model"]) as model:
         sizes = {
             t.name: sizes_of(t, [*params["types"], "F16"]) for t in model.layout.tensors if is_quantisable(t)
@@ -369,17 +370,18 @@ def _too_small(
     largest = sorted(least_of, key=lambda name: -least_of[name])[:_SHOWN_TENSORS]
     tensors = ", ".join(f"{name} {least_of[name] / 1e6:.2f} MB" for name in largest)
     rest = sum(least_of.values()) - sum(least_of[name] for name in largest)
-    asked = (
-        f"artifact_bytes {params['artifact_bytes']}"
-        if bound == "artifact_bytes"
-        else f"ram_bytes {params['ram_bytes']} leaves {max(allowed[bound], 0)} bytes for the file, so it"
-    )
+    if bound != "artifact_bytes":
+        asked = f"ram_bytes {params['ram_bytes']} leaves {max(allowed[bound], 0)} bytes for the file, so it"
+    elif "because" in params:
+        asked = f"the profile leaves {allowed[bound]} bytes for the file ({params['because']}), so it"
+    else:
+        asked = f"artifact_bytes {params['artifact_bytes']}"
     return BudgetError(
         f"target {params['profile']}: {asked} cannot be met: the smallest possible file has {least_bytes} bytes "
         f"(at least: {tensors}, {len(least_of) - len(largest)} other matrices {rest / 1e6:.2f} MB, "
         f"header and vectors {fixed_bytes / 1e6:.2f} MB)",
-        hint=f"set {bound} to at least {params[bound] + least_bytes - allowed[bound]}, or use a smaller base "
-        "(fewer layers, a smaller vocabulary)",
+        hint=f"set {bound} of the budget to at least {params[bound] + least_bytes - allowed[bound]}, cut the model first "
+        "(docs/howto/make-a-model-smaller.md), or use a smaller base",
         smallest_bytes=least_bytes,
         allowed_bytes=allowed[bound],
         bound=bound,

@@ -64,6 +64,7 @@ USES = (
     "slmops.artifact.manifest",
     "slmops.build.conversations",
     "slmops.build.faults",
+    "slmops.build.fault_edits",
     "slmops.build.fault_catalogue",
     "slmops.build.gguf_file",
     "slmops.build.golden_choice",
@@ -91,10 +92,10 @@ def select(context: StepContext) -> dict[str, Any]:
     it is noticed).
     """
     items = {item.id: item for item in read_items(context.files["eval"])}
-    said = {
-        a["id"]: str(a["got"])
-        for a in map(json.loads, context.files["answers"].read_text(encoding="utf-8").splitlines())
-    }
+    lines = (
+        context.files["answers"].read_text(encoding="utf-8").rstrip("\n").split("\n")
+    )  # answers may hold U+2028
+    said = {a["id"]: str(a["got"]) for a in map(json.loads, lines)}
     asked = context.values["asked"]["free"]
     exact = dict(zip(asked["items"], asked["exact"], strict=True))
     answers = {name: got if _usable(got) else items[name].answer for name, got in said.items()}

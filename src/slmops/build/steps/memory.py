@@ -154,7 +154,7 @@ def budget_of(params: Mapping[str, Any], derived: Mapping[str, Any] | None) -> d
     if derived is None:
         return dict(params)
     key = "without_memory" if derived["because"] == "memory" else "artifact_bytes"
-    return {**params, "artifact_bytes": derived[key]}
+    return {**params, "artifact_bytes": derived[key], "because": derived["because"]}
 
 
 def serving_of_step(context: StepContext) -> Serving:

@@ -8,7 +8,14 @@ from pathlib import Path
 import click
 
 from slmops.build import describe, load_build, run_build
-from slmops.cli.build.starter import DEFAULT_PROFILES, base_lines, model_name, recipe_text, write_recipe
+from slmops.cli.build.starter import (
+    DEFAULT_PROFILES,
+    RECIPE,
+    base_lines,
+    model_name,
+    recipe_text,
+    write_recipe,
+)
 from slmops.cli.build.steps import show_steps
 from slmops.cli.build.tables import print_build
 from slmops.cli.connection import json_option
@@ -17,7 +24,7 @@ from slmops.core.errors import UsageError
 
 
 @click.command("run")
-@click.argument("recipe", required=False, type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("recipe", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--base",
     type=click.Path(path_type=Path),
@@ -76,7 +83,7 @@ def run(
     speed_table: Path | None,
     as_json: bool,
 ) -> None:
-    """Build what RECIPE describes, or from a base and a handful of examples alone.
+    """Build what RECIPE (a file, or a folder with recipe.yaml) describes, or from a base and a handful of examples alone.
 
     Steps whose inputs did not change are not run again; a build that was killed goes on where it was.
 
@@ -94,7 +101,8 @@ def run(
         )
     if recipe is None:
         recipe, out = _recipe_from_flags(base, examples, profiles, out)
-        click.echo(f"wrote {recipe}: edit it to change anything, and build it again by its name", err=True)
+    elif recipe.is_dir():
+        recipe = _recipe_in(recipe)
     folder = out or Path("build") / recipe.resolve().parent.name
     _require_writable(folder)
     result = run_build(
@@ -167,6 +175,23 @@ def _recipe_from_flags(
         base_lines(base, recipe.parent),
         os.path.relpath(examples, recipe.parent),
         profiles or DEFAULT_PROFILES,
+        recipe,
     )
-    write_recipe(recipe, text)
+    if write_recipe(recipe, text):
+        click.echo(f"wrote {recipe}: edit it to change anything, and build it again by its name", err=True)
     return recipe, folder
+
+
+def _recipe_in(folder: Path) -> Path:
+    """The recipe of a project folder.
+
+    Raises:
+        UsageError: it has none.
+    """
+    recipe = folder / RECIPE
+    if not recipe.is_file():
+        raise UsageError(
+            f"{folder} is a folder without {RECIPE}",
+            hint="give the recipe's file, or make a project: slmops init DIR",
+        )
+    return recipe

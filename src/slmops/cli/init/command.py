@@ -10,6 +10,7 @@ import click
 
 from slmops.cli.build.starter import (
     DEFAULT_PROFILES,
+    RECIPE,
     STARTER_BASE,
     STARTER_EXAMPLES,
     base_lines,
@@ -18,7 +19,7 @@ from slmops.cli.build.starter import (
 )
 from slmops.core.errors import ConflictError
 
-RECIPE, EXAMPLES = "recipe.yaml", "examples.jsonl"
+EXAMPLES = "examples.jsonl"
 
 
 @click.command("init")
@@ -55,7 +56,7 @@ def init(directory: Path, base: Path | None, examples: Path | None, profiles: tu
             f"{directory / taken[0]} exists", hint="choose another directory, or remove the file"
         )
     lines = base_lines(base, directory) if base is not None else STARTER_BASE
-    text = recipe_text(model_name(directory.absolute()), lines, EXAMPLES, profiles)
+    text = recipe_text(model_name(directory.absolute()), lines, EXAMPLES, profiles, directory / RECIPE)
     directory.mkdir(parents=True, exist_ok=True)
     if examples is not None:
         shutil.copyfile(examples, directory / EXAMPLES)
