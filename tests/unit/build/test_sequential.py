@@ -14,10 +14,10 @@ from tests.support.tiny_model import make_tiny_gguf
 
 from slmops.build.gguf_file import open_gguf
 from slmops.build.memo import Memo
-from slmops.build.steps.calibrate import Hessians, imatrix, unpacked
+from slmops.build.steps.calibrate import Hessians, imatrix, read_imatrix, unpacked
 from slmops.build.steps.sensitivity import is_quantisable, patch
 from slmops.build.steps.sequential import recollect, stages_of
-from slmops.build.steps.tensors import TensorQuantiser
+from slmops.build.steps.tensors import RUN, TensorQuantiser
 from slmops.runtimes.llama_cpp.imatrix import collect_hessians
 from slmops.runtimes.llama_cpp.quantise import dequantise_rows
 
@@ -120,3 +120,29 @@ def test_stages_follow_the_order_of_the_model() -> None:
         ["output.weight"],
     ]
     assert [len(stage) for stage in stages_of(tensors, 3, 1)] == [1, 3, 1]
+
+
+@pytest.mark.parametrize("type_name", ["Q5_0", "IQ4_NL", "Q8_0", "F16"])
+def test_slices_of_a_tensor_are_the_tensor(
+    world: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, type_name: str
+) -> None:
+    """Made at once or in slices of few rows, fed back or rounded: the same bytes; and a slice that is known is not made again."""
+    facts = world.values["inputs"]
+    importance = read_imatrix(world.files["imatrix"])
+
+    def made(memo: Memo) -> tuple[dict[str, bytes], dict[str, int]]:
+        with open_gguf(world.files["model"]) as model:
+            quantiser = TensorQuantiser(
+                model, importance, Hessians(world.files["hessians"], facts["inputs"]), memo, facts["tokens"]
+            )
+            tensors = [t for t in model.layout.tensors if is_quantisable(t)]
+            return {t.name: quantiser.make(t, type_name) for t in tensors}, dict(quantiser.ways)
+
+    whole = made(Memo(None, RUN))
+    monkeypatch.setattr("slmops.build.steps.tensors.SLICE_ROWS", 40)
+    memo = Memo(tmp_path, RUN)
+    assert made(memo) == whole
+    slices, again = memo.made, Memo(tmp_path, RUN)
+    assert made(again) == whole
+    assert (again.made, again.found) == (0, slices)
+    assert slices > len(whole[0]) or type_name == "F16"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from slmops.artifact.gguf_layout import Tensor
 from slmops.build.steps.quantise import shares
 
@@ -29,3 +31,9 @@ def test_parts_are_about_equal_and_keep_tensors_of_one_input_together() -> None:
     inputs = [{shared(t.name) for t in part} for part in divided]
     assert not inputs[0] & inputs[1]
     assert [len(part) for part in shares(tensors[:1], shared, 2)] == [1, 0]
+
+
+def test_slices_of_one_tensor_are_divided() -> None:
+    """What they share is factored by each process; it is little beside many rows."""
+    slices = [replace(tensor("token_embd.weight", 64, 512), offset=at) for at in range(4)]
+    assert [len(part) for part in shares(slices, lambda name: name, 2)] == [2, 2]

@@ -13,7 +13,8 @@ from tests.support.tiny_model import make_tiny_adapter, make_tiny_gguf
 
 from slmops.core.errors import BuildError, RuntimeLoadError, UsageError
 from slmops.runtimes import AdapterSpec
-from slmops.runtimes.llama_cpp.imatrix import collect_imatrix
+from slmops.runtimes.llama_cpp.capi import Tensor
+from slmops.runtimes.llama_cpp.imatrix import Collector, collect_hessians, collect_imatrix
 from slmops.runtimes.llama_cpp.logits import LogitModel, iter_logits
 from slmops.runtimes.llama_cpp.scorer import Scorer
 
@@ -196,3 +197,48 @@ def test_importance_of_the_first_layer_is_what_arithmetic_says(tiny: Path) -> No
         assert importance.sums[name].shape == (int(tensors[name].shape[0]),)
     with pytest.raises(BuildError, match="at least 256"):
         collect_imatrix(tiny, ids, window_tokens=256)
+
+
+@pytest.mark.parametrize("wanted", [None, {"blk.0.ffn_down.weight"}, {"blk.0.attn_q.weight"}])
+def test_inputs_are_the_same_when_the_engine_stops_after_the_last(
+    tiny: Path, wanted: set[str] | None
+) -> None:
+    """Every window but the first ends where nothing more is wanted; one window alone is always computed whole."""
+    with LogitModel(tiny, context_tokens=32) as model:
+        ids = model.tokenize(TEXT)[:96]
+    together = {h.tensors: h.matrix for h in collect_hessians(tiny, ids, window_tokens=32, only=wanted)}
+    apart = [
+        {
+            h.tensors: h.matrix
+            for h in collect_hessians(tiny, ids[at : at + 32], window_tokens=32, only=wanted)
+        }
+        for at in (0, 32, 64)
+    ]
+    assert together.keys() == apart[0].keys()
+    assert wanted is None or {name for names in together for name in names} == wanted
+    for names, matrix in together.items():
+        np.testing.assert_allclose(matrix, sum(one[names] for one in apart) / 3, rtol=1e-5, atol=1e-6)
+
+
+def test_the_engine_stops_after_the_last_wanted_input(tiny: Path) -> None:
+    """Nodes after it are not even asked for."""
+    asked: list[bytes] = []
+
+    class Watched(Collector):
+        def __call__(self, tensor: Tensor, ask: bool) -> bool:
+            if ask:
+                asked.append(tensor.name)
+            return super().__call__(tensor, ask)
+
+    collector = Watched()
+    with LogitModel(tiny, context_tokens=32, on_node=collector) as model:
+        ids = model.tokenize(TEXT)[:32]
+        model.evaluate(ids, every_position=True)
+        whole = list(asked)
+        assert b"result_output" in whole
+        collector.stop_early()
+        asked.clear()
+        model.evaluate(ids, every_position=True)
+    assert 0 < len(asked) < len(whole)
+    assert asked[-1] == b"result_norm"
+    assert set(collector.rows.values()) == {64}

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-USES = ("slmops.runtimes.llama_cpp.imatrix",)
+USES = (
+    "slmops.runtimes.llama_cpp.imatrix",
+    "slmops.runtimes.llama_cpp.logits",
+    "slmops.runtimes.llama_cpp.native",
+)
 WINDOW_TOKENS = 256
 LIMIT_BYTES = 1 << 30
 

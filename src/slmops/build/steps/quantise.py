@@ -41,7 +41,7 @@ USES = (
 def make_tensors(context: StepContext) -> dict[str, Any]:
     """Make a part of a variant's tensors ahead; without a memo, nothing. Files and values in: as :func:`write_variant`.
 
-    Params: ``part`` of ``parts``. Value: ``tensors``: how many were made or found.
+    Params: ``part`` of ``parts``. Value: ``tensors``: how many were made or found, slices of large ones each.
     """
     if context.memo is None:
         return {"tensors": 0}
@@ -52,10 +52,15 @@ def make_tensors(context: StepContext) -> dict[str, Any]:
             stack.enter_context(open_gguf(context.files["scales"])) if "scales" in context.files else None
         )
         quantiser = quantiser_of(context, model, earlier)
-        tensors = [tensor for tensor in model.layout.tensors if tensor.name in types]
+        tensors = [
+            part
+            for tensor in model.layout.tensors
+            if tensor.name in types
+            for part in quantiser.slices(tensor)
+        ]
         mine = shares(tensors, quantiser.shared_input, context.params["parts"])[context.params["part"]]
         for index, tensor in enumerate(mine):
-            quantiser.make(tensor, types[tensor.name])
+            quantiser.make_slice(tensor, types[tensor.name])
             context.progress((index + 1) / len(mine), tensor.name)
     return {"tensors": len(mine)}
 
@@ -63,14 +68,18 @@ def make_tensors(context: StepContext) -> dict[str, Any]:
 def shares(tensors: Sequence[Tensor], shared_input: Callable[[str], str], parts: int) -> list[list[Tensor]]:
     """Divide tensors into about equal parts; those with the same input stay together, because its factoring is shared.
 
+    Slices of a large tensor are divided all the same: there factoring is little beside the rest.
+
     Args:
-        tensors: of one model.
+        tensors: of one model, large ones in slices.
         shared_input: names what a tensor has in common with others.
         parts: how many.
     """
     groups: dict[str, list[Tensor]] = {}
+    names = Counter(tensor.name for tensor in tensors)
     for tensor in tensors:
-        groups.setdefault(shared_input(tensor.name), []).append(tensor)
+        key = shared_input(tensor.name) if names[tensor.name] == 1 else f"{tensor.name} {tensor.offset}"
+        groups.setdefault(key, []).append(tensor)
     divided: list[list[Tensor]] = [[] for _ in range(parts)]
     loads = [0] * parts
     # the largest first, each to whom has least

@@ -38,6 +38,7 @@ USES = (
     "slmops.build.steps.tensors",
     "slmops.runtimes.llama_cpp.blocks",
     "slmops.runtimes.llama_cpp.imatrix",
+    "slmops.runtimes.llama_cpp.logits",
     "slmops.runtimes.llama_cpp.quantise",
 )
 _LAYER = re.compile(r"^blk\.(\d+)\.")

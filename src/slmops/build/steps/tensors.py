@@ -1,7 +1,8 @@
 """One tensor in one type: with error feedback where its inputs are known, once for all budgets and targets.
 
 A tensor's bytes depend on its weights, the type, and the statistics of its inputs; they are kept under a digest of those
-(:mod:`slmops.build.memo`), so whoever needs the same tensor in the same type again only copies it.
+(:mod:`slmops.build.memo`), so whoever needs the same tensor in the same type again only copies it. Rows know nothing of each
+other, so a tensor of many (an embedding is a quarter of a small model) is made and kept in slices, by several processes at once.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +44,8 @@ RUN = "slmops.build.steps.tensors:TensorQuantiser"
 #: frozen scales are kept when they cost at most this many times what free ones do
 FROZEN_COSTS_AT_MOST = 1.15
 _KEPT_CURVATURES = 5
+#: rows that are made at once
+SLICE_ROWS = 8192
 _OUTPUTS = ("token_embd.weight", "output.weight")
 #: kept as they are: there is nothing to feed back
 _EXACT = ("F32", "F16", "BF16")
@@ -75,13 +78,45 @@ class TensorQuantiser:
 
     def make(self, tensor: Tensor, type_name: str) -> bytes:
         """A tensor's bytes in a type."""
-        triangle = self.hessians.triangle(tensor.name) if self.hessians is not None else None
-        fed = triangle is not None and can_feed_back(type_name)
+        self.ways[self._way(tensor, type_name)] += 1
+        return b"".join(self.make_slice(part, type_name) for part in self.slices(tensor))
+
+    def slices(self, tensor: Tensor) -> list[Tensor]:
+        """A tensor as several of fewer rows; whole where an earlier one decides whether its scales are kept."""
+        columns, rows = tensor.shape[0], tensor.elements // tensor.shape[0]
+        if rows <= SLICE_ROWS or len(tensor.shape) != 2 or self.earlier is not None:
+            return [tensor]
+        row_bytes = tensor.size_bytes // rows
+        parts = []
+        for first in range(0, rows, SLICE_ROWS):
+            count = min(SLICE_ROWS, rows - first)
+            size_bytes = count * row_bytes
+            parts.append(
+                replace(
+                    tensor,
+                    shape=(columns, count),
+                    offset=tensor.offset + first * row_bytes,
+                    size_bytes=size_bytes,
+                    padded_bytes=size_bytes,
+                )
+            )
+        return parts
+
+    def _way(self, tensor: Tensor, type_name: str) -> str:
+        if type_name in _EXACT:
+            return "kept"
+        known = self.hessians is not None and self.hessians.name(tensor.name) is not None
+        if not known or not can_feed_back(type_name):
+            return "rounded"
+        nearly = type_name in _NEARLY_EXACT and self._earlier_bytes(tensor, type_name) is None
+        return "rounded" if nearly else "feedback"
+
+    def make_slice(self, tensor: Tensor, type_name: str) -> bytes:
+        """The bytes of one of :meth:`slices`."""
+        fed = self._way(tensor, type_name) == "feedback"
+        triangle = self.hessians.triangle(tensor.name) if self.hessians is not None and fed else None
         frozen = self._earlier_bytes(tensor, type_name) if fed else None
-        if type_name in _NEARLY_EXACT and frozen is None:
-            fed = False
         weights = self.importance.get(tensor.name)
-        self.ways["feedback" if fed else "kept" if type_name in _EXACT else "rounded"] += 1
 
         def made() -> bytes:
             rows = self.model.rows(tensor)

@@ -65,9 +65,7 @@ def collect_moments(
             path, context_tokens=longest, threads=threads, on_node=collector, batch_tokens=BATCH_TOKENS
         ) as model:
             for sequence in sequences:
-                model.logits(
-                    sequence
-                )  # all positions: the last block is computed only where logits are asked for
+                model.evaluate(sequence, every_position=True)
     missing = sorted(set(names) - set(collector.moments))
     if collector.problem or missing:
         raise BuildError(

@@ -131,10 +131,16 @@ class LogitModel:
             result[position : position + rows] = np.ctypeslib.as_array(pointer, (rows, self.vocab_tokens))
         return result
 
-    def evaluate(self, token_ids: Sequence[int]) -> None:
-        """Run a sequence for its side effects (`on_node`) and take the last logits only."""
+    def evaluate(self, token_ids: Sequence[int], *, every_position: bool = False) -> None:
+        """Run a sequence for its side effects (`on_node`).
+
+        Args:
+            token_ids: see `logits`.
+            every_position: ask for the logits of all: the last block is computed only where logits are asked for.
+        """
         self._check(token_ids)
-        for _ in self._context.chunks(token_ids, len(token_ids) - 1, len(token_ids)):
+        start = 0 if every_position else len(token_ids) - 1
+        for _ in self._context.chunks(token_ids, start, len(token_ids)):
             pass
 
     def greedy(self, token_ids: Sequence[int], *, max_tokens: int, stop_ids: Sequence[int] = ()) -> list[int]:
