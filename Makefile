@@ -18,7 +18,7 @@ ENGINE_TESTS := tests/contract/test_engine_contract.py tests/contract/test_capab
 ARGS ?=
 NAME ?=
 
-.PHONY: demo test test-train test-runtimes test-executorch test-containers conformance check bench docs clean help
+.PHONY: demo test test-train test-runtimes test-executorch test-containers test-arm64 conformance check bench docs clean help
 
 help:            ## what there is
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -73,6 +73,11 @@ test-executorch: $(EXECUTORCH_STAMP)  ## the same contract for ExecuTorch, which
 test-containers: $(STAMP)  ## images of deploy/containers, built and run by podman (BASE=IMAGE to build on another one)
 	deploy/containers/build.sh server llama-cpp
 	$(BIN)/python -m pytest -q tests/integration/test_containers.py $(ARGS)
+
+# 77: what has to be installed was named; the tests then skip and name it again
+test-arm64: $(STAMP)  ## an arm64 agent, emulated by qemu: enrols, proves a release, serves it, reports (BASE=IMAGE as above)
+	ARCH=arm64 deploy/containers/build.sh llama-cpp || [ $$? = 77 ]
+	$(BIN)/python -m pytest -q -rs tests/integration/test_arm64.py $(ARGS)
 
 conformance: $(CONFORMANCE_STAMP)  ## what OpenAI's clients get from a runtime (make conformance RUNTIME=llama.cpp MODEL=m.gguf)
 	@test -n "$(RUNTIME)" -a -n "$(MODEL)" || { echo "make conformance RUNTIME=llama.cpp MODEL=m.gguf"; exit 2; }

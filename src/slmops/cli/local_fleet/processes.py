@@ -58,6 +58,20 @@ class Processes:
         self.running[name] = process
         return process
 
+    def run(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        """Run a command to its end; its output goes to ``logs/NAME.log``.
+
+        Raises:
+            BusyError: it failed; with the end of its log.
+        """
+        self.start_command(name, command, environment).wait()
+        process = self.running.pop(name)
+        if process.returncode:
+            raise BusyError(
+                f"{name} ended with code {process.returncode}: {self.tail(name)}",
+                hint=f"see {self.logs / name}.log",
+            )
+
     def check(self) -> None:
         """Refuse to go on when one of them has died.
 
