@@ -19,8 +19,9 @@ USES = ("slmops.build.export.exported",)
 ARCHIVE = "archive.tar"
 _LOADING = {
     "litert-lm": "Load {model} with LiteRT-LM (Android: com.google.ai.edge.litertlm; iOS and desktop: its C++ or Python "
-    "engine). Tokenizer and chat template are inside. Its session may put BOS in front by itself: a prompt that was "
-    "rendered by the template must then not begin with it.",
+    "engine). Render the prompt by chat_template.jinja yourself and give the text to a session whose own prompt template is off "
+    "(Python: `create_session(apply_prompt_template=False)`): its conversations hand templates the content in parts, on which "
+    "templates that join texts fail.",
     "litert": "Load {model} with LiteRT's Interpreter or CompiledModel; signatures `prefill_64`, `prefill_256` and "
     "`decode`, with the KV cache as inputs and outputs. Tokenise with tokenizer.json, render with chat_template.jinja.",
     "executorch": "Load {model} with ExecuTorch's LLM runner (Android: org.pytorch:executorch-android; iOS: "
@@ -79,8 +80,13 @@ reverts by itself.
 1. Check the files against the digests below.
 2. {_LOADING[form.runtime].format(model=form.model)}
 3. Context: {facts["context_tokens"]} tokens. A plain text {begins}. These tokens end an answer: {facts["eos_tokens"]}.
-4. Before you ship it on a new device, run the golden pack: for each prompt of `golden-pack.json` the mean log-probability of
-   its answer must lie within the tolerance that `golden-expectations.json` gives.
+4. Before you ship it on a new device, run the golden pack. For each prompt of `golden-pack.json`:
+   - render `messages` by chat_template.jinja with `add_generation_prompt`, and tokenise that by tokenizer.json (nothing added in
+     front); then tokenise `answer` for itself, and append its ids;
+   - SHA-256 of all ids, decimal with commas between them, must be `tokens_sha256` of `golden-expectations.json`: if not,
+     tokenizer or template are not wired as they should be, and nothing else counts;
+   - the mean log-probability of the answer's ids must be within `tolerance` of `reference_logprob`. Where an engine tells no
+     log-probabilities (LiteRT-LM), its greedy answer must be `answer`; `slmops-text` is left out then.
 
 ## Files
 {files}

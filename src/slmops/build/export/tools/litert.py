@@ -1,7 +1,8 @@
 """LiteRT: export by litert-torch to ``.tflite`` or ``.litertlm``; an exported file answered for by its own binding.
 
-A ``.litertlm`` holds a ``.tflite``, tokenizer and template. Its engine gives text and no logits, so divergences are those of the
-``.tflite`` inside, cut out of the very file; token ids, stop tokens and answers are the engine's own.
+A ``.litertlm`` holds a ``.tflite``, tokenizer and template. Its engine gives text and no logits, so divergences and answers are
+those of the ``.tflite`` inside, cut out of the very file, as slmops serves it; token ids and stop tokens are the engine's own,
+and it must load the file and generate.
 """
 
 from __future__ import annotations
@@ -186,6 +187,10 @@ class LitertLmModel(LitertModel):
         self._engine = litert_lm.Engine(
             request["model"], backend=litert_lm.Backend.CPU, max_num_tokens=self._program.context_tokens
         )
+        with self._engine.create_session(apply_prompt_template=False, max_output_tokens=4) as session:
+            session.run_prefill(["One, two, three,"])
+            if not session.run_decode().texts[0]:
+                raise ValueError("LiteRT-LM loads the file and generates nothing")
 
     def facts(self) -> dict[str, Any]:
         """See :class:`tool_protocol.ExportedModel`; of stop sequences those of one token."""
