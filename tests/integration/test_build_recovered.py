@@ -15,7 +15,13 @@ from slmops.build import run_build
 from slmops.core.errors import BuildError, LeakageError
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
-RECOVER = {"reconstruct_tokens": 512, "distil_tokens": 1024, "epochs": 2, "learning_rate": 3e-4}
+RECOVER = {
+    "reconstruct_tokens": 512,
+    "distil_tokens": 1024,
+    "epochs": 4,
+    "method": "full",
+    "learning_rate": 3e-5,
+}
 PRUNE = {"keep_vocabulary_tokens": 264, "keep_ffn_width": 256, "drop_layers": 1, "recover": RECOVER}
 
 

@@ -10,9 +10,10 @@ its target's length, because the next block normalises each token and a few are 
 steps on whole blocks were tried first: with 2,000 tokens they helped 11 of 30 blocks, and by less than 0.1 %.) The ridge is the
 one of a few that is best on rows that were not fitted; a block that none of them makes better there stays as it was.
 
-This is for dropped blocks. After ``prune width`` it gains next to nothing: that step chooses neurons by what cannot be
-made up for, and makes up for the others in this same matrix, by the same least squares on the same activations; what is left
-here are the errors of the blocks before.
+After ``prune width``, which chose neurons and made up for the others in this same matrix, what is mended here are the errors of
+the blocks before, and what that step could not know of other text: on a few thousand tokens that the cut had seen already next
+to nothing, on 16,409 held-out divergence .1039 to .0894 nats a token (SmolLM2 at width 1280). Fitting ``attn_output`` as well was
+tried: the watched error of none of the blocks looked at fell by more than 0.3 %.
 
 Source: arXiv:2510.14444 (local reconstruction after pruning matters more than the criterion).
 """
@@ -38,7 +39,7 @@ from slmops.train.students import (
 ROW_TOKENS = 256
 CHECKPOINT_EVERY_S = 60.0
 #: shares of the second moments' diagonal
-RIDGES = (0.01, 0.1, 1.0)
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
 _TINY = 1e-12
 
 
@@ -90,7 +91,8 @@ def reconstruct(  # noqa: PLR0913 - two models, their relation, text, and where 
         report: called with the share done and a note.
         stop_after: end after so many blocks as a kill would, leaving a checkpoint: for the test that a run goes on.
 
-    Returns: ``blocks``, ``improved_blocks``, and the mean relative error before and after, on rows that were not fitted.
+    Returns: the ``verdict`` in words, ``blocks``, ``improved_blocks``, and the mean relative error before and after, on rows that
+    were not fitted.
     """
     begin(0)
     learned = text_rows(sequences, ROW_TOKENS)
@@ -126,9 +128,18 @@ def reconstruct(  # noqa: PLR0913 - two models, their relation, text, and where 
                 saved = time.monotonic()
             if stop_after == block + 1:
                 break
+    improved = sum(new < old for old, new in zip(before, after, strict=True))
+    if improved:
+        verdict = (
+            f"{improved} of {len(parts)} blocks came closer to the dense model's on text that they were not fitted to, all "
+            f"together by {1 - sum(after) / sum(before):.1%} of the squared error"
+        )
+    else:
+        verdict = "no block came closer to the dense model's on text that it was not fitted to: the model stays as it was"
     return {
+        "verdict": verdict,
         "blocks": len(parts),
-        "improved_blocks": sum(new < old for old, new in zip(before, after, strict=True)),
+        "improved_blocks": improved,
         "error_before": sum(before) / len(before),
         "error_after": sum(after) / len(after),
         "tokens": sum(len(row.tokens) for row in learned),

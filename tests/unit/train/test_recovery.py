@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,20 @@ def teacher_of(dense: Path, sequences: list[list[int]], folder: Path) -> dict[st
         "ids": folder / "t" / "ids.npy",
         "logprobs": folder / "t" / "logprobs.npy",
     }
+
+
+def test_text_that_a_student_was_not_fitted_to_comes_first(
+    dense: Path, sequences: list[list[int]], tmp_path: Path
+) -> None:
+    """On text that it was fitted to it looks better than it is; where nothing else is left, that serves again."""
+    (tmp_path / "text.json").write_text(str(sequences[:-8]))
+    (tmp_path / "watch.json").write_text(str(sequences[-8:]))
+    files = {"model": dense, "text": tmp_path / "text.json", "watch": tmp_path / "watch.json"}
+    keep(step(tmp_path / "some", files, tokens=len(sequences[0]) * 3, fitted_tokens=len(sequences[0]) * 2))
+    assert json.loads((tmp_path / "some" / "learn.json").read_text()) == sequences[2:5]
+    value = keep(step(tmp_path / "all", files, tokens=10**6, fitted_tokens=len(sequences[0]) * 2))
+    assert json.loads((tmp_path / "all" / "learn.json").read_text()) == sequences[2:-8] + sequences[:2]
+    assert value["tokens"] == sum(map(len, sequences))
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------------
@@ -179,6 +195,7 @@ def test_what_does_not_help_is_not_kept(dense: Path, sequences: list[list[int]])
     student, same = load_llama(dense), load_llama(dense)
     value = reconstruct(student, same, [0, 1, 2], sequences[:20], sequences[-4:])
     assert value["improved_blocks"] == 0
+    assert value["verdict"].startswith("no block came closer")
     assert value["error_after"] == value["error_before"] == 0
     assert all(torch.equal(student.weights[name], weight) for name, weight in same.weights.items())
 
@@ -211,6 +228,7 @@ def test_distillation_comes_closer(
     asked |= {"seed": 3, "keep_zeros": False, "tokens": 10**6}
     value = distil_step(step(tmp_path / "one", files, **asked))
     assert value["divergence_after"] < 0.9 * value["divergence_before"]
+    assert re.match(r"\d\d\.\d% closer to its teacher", value["verdict"])
     unseen = [np.random.default_rng(9).integers(32, 127, 40).tolist() for _ in range(5)]
     before = divergence(dense, student, unseen)
     assert divergence(dense, tmp_path / "one" / "model.gguf", unseen) < before

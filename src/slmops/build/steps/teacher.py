@@ -119,13 +119,16 @@ def keep(context: StepContext) -> dict[str, Any]:
     """Keep a teacher's distributions at every position of the text.
 
     Files in: ``model`` (the teacher), ``text``, ``watch``; out: ``ids.npy`` (tokens, k) uint32, ``logprobs.npy`` (tokens, k)
-    float16, likeliest first, in the order of the text, then of what is watched. Params: ``tokens``: how many of the text, from
-    its beginning. Value: ``kept_mass``: mean probability of the kept tokens.
+    float16, likeliest first, in the order of ``learn.json``, then of what is watched; and ``learn.json``, the chosen sequences.
+    Params: ``tokens``: how many of the text; ``fitted_tokens``: how many at its beginning the student was fitted to already: the
+    others come first, because on text that it was fitted to a student looks better than it is, and learns next to nothing.
+    Value: ``kept_mass``: mean probability of the kept tokens.
     """
-    sequences = _first(
-        json.loads(context.files["text"].read_text(encoding="utf-8")), int(context.params["tokens"])
-    )
-    sequences += json.loads(context.files["watch"].read_text(encoding="utf-8"))
+    whole = json.loads(context.files["text"].read_text(encoding="utf-8"))
+    fitted = _first(whole, int(context.params.get("fitted_tokens", 0)))
+    learn = _first(whole[len(fitted) :] + fitted, int(context.params["tokens"]))
+    (context.out / "learn.json").write_text(json.dumps(learn, separators=(",", ":")), encoding="utf-8")
+    sequences = learn + json.loads(context.files["watch"].read_text(encoding="utf-8"))
     longest = max(len(sequence) for sequence in sequences)
     ids, logprobs = [], []
     with LogitModel(

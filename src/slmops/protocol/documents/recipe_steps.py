@@ -34,20 +34,20 @@ class Recovery(Section):
     """Training that brings quality back after a cut; needs torch (``slmops[train]``).
 
     Attributes:
-        method: ``full`` trains every weight; ``lora`` trains low-rank additions and merges them.
+        method: ``lora`` trains low-rank additions and merges them; ``full`` trains every weight.
         reconstruct_tokens: tokens on which each block is first fitted to what the dense model's blocks give (0: not).
         distil_tokens: tokens on which predictions are then fitted to the dense model's (0: not).
-        epochs: how often the text is gone through; ``learning_rate``: peak; ``rank``: of ``lora``.
+        epochs: how often the text is gone through; ``learning_rate``: peak, of ``lora`` ten times as much; ``rank``: of ``lora``.
         learning_rate: see above.
         rank: see above.
         seed: of everything random.
     """
 
-    method: Literal["full", "lora"] = "full"
-    reconstruct_tokens: int = Field(default=8192, ge=0)
-    distil_tokens: int = Field(default=32768, ge=0)
+    method: Literal["full", "lora"] = "lora"
+    reconstruct_tokens: int = Field(default=16384, ge=0)
+    distil_tokens: int = Field(default=16384, ge=0)
     epochs: int = Field(default=1, ge=1)
-    learning_rate: float = Field(default=2e-5, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
     rank: int = Field(default=16, ge=1)
     seed: int = 7
 
@@ -129,7 +129,7 @@ class DistilStep(Section):
     rank: int = Field(default=16, ge=1)
     tokens: int = Field(default=32768, ge=64)
     epochs: int = Field(default=1, ge=1)
-    learning_rate: float = Field(default=2e-5, gt=0)
+    learning_rate: float = Field(default=3e-5, gt=0)
     general_text: tuple[str, ...] = ()
     seed: int = 7
 
