@@ -28,6 +28,9 @@ PROMISED_RATIO, PROMISED_S = 0.1, 2.0
 
 def recipe(folder: Path, artifact_bytes: str, calibration_tokens: int) -> Path:
     """The example's recipe with one target of that budget."""
+    if not (EXAMPLE / "data" / "eval.jsonl").is_file():
+        made = [sys.executable, str(EXAMPLE / "make_dataset.py"), "--out", str(EXAMPLE / "data")]
+        subprocess.run(made, check=True, stdout=subprocess.DEVNULL)
     document = yaml.safe_load((EXAMPLE / "recipe.yaml").read_text(encoding="utf-8"))
     for role in ("train", "eval", "calibration", "answer_schema", "system_prompt"):
         document["task"][role] = str(EXAMPLE / document["task"][role])
