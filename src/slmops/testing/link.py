@@ -112,6 +112,8 @@ class Link:
         self._relays.add(task)
         try:
             await self._carry(reader, writer)
+        except asyncio.CancelledError:
+            pass  # by `_serve`, at the end: asyncio's own callback would write a traceback about a cancelled connection
         finally:
             writer.transport.abort()
             self._relays.discard(task)
