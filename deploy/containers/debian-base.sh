@@ -15,7 +15,6 @@ arch=${1:-$(dpkg --print-architecture)}
 root=$(mktemp -d)
 trap 'rm -rf "$root"' EXIT
 log=$(mktemp)
-# no ca-certificates: the agent's HTTP client brings its own
 if ! debootstrap --arch="$arch" --variant=minbase --include=python3,python3-venv,libgomp1 \
     bookworm "$root" "${MIRROR:-http://deb.debian.org/debian}" > "$log" 2>&1; then
     tail -5 "$log" >&2

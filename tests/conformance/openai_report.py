@@ -173,6 +173,11 @@ def main() -> int:
     silent = [row for row in found["outcomes"] if row["outcome"] == "silent"]
     for row in found["outcomes"]:
         print(f"{row['outcome']:9} {row['client']:17} {row['case']}: {row['words']}")
+    if silent:
+        print(
+            f"{len(silent)} fields are silent: the answer did not change. A small test model can be too sure of its answer "
+            "to show seeds, penalties and biases: ask again with a real one"
+        )
     return 1 if silent else 0
 
 

@@ -23,19 +23,21 @@ from slmops.build.recipe_files import read_recipe
 from slmops.core.errors import DocumentError
 
 GENAI = {"profile": "n100-16gb", "runtime": "onnxruntime-genai"}
+#: read before a test's clean environment hides them
+_REAL = Path(os.environ.get(FOLDER_VARIABLE, ".slmops-cache")).absolute()
+_MAKE = bool(os.environ.get("SLMOPS_MAKE_TOOLCHAINS"))
 GGUF = {"profile": "pi5-8gb", "budget": {"artifact_bytes": "170kB"}}
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     """A cache of the test's own, with the toolchains of the real one."""
-    real = Path(os.environ.get(FOLDER_VARIABLE, ".slmops-cache")).absolute()
     wanted = toolchain("onnxruntime-genai")
-    if not wanted.is_made(real) and not os.environ.get("SLMOPS_MAKE_TOOLCHAINS"):
-        pytest.skip(f"toolchain onnxruntime-genai is not made in {real}: make test-runtimes makes it")
-    ensure(wanted, real)
+    if not wanted.is_made(_REAL) and not _MAKE:
+        pytest.skip(f"toolchain onnxruntime-genai is not made in {_REAL}: make test-runtimes makes it")
+    ensure(wanted, _REAL)
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "toolchains").symlink_to(real / "toolchains")
+    (tmp_path / "cache" / "toolchains").symlink_to(_REAL / "toolchains")
     return tmp_path / "cache"
 
 

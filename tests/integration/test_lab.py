@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -103,3 +105,38 @@ def test_a_mistyped_class_or_network_is_refused_before_anything_starts(project: 
     assert (done.returncode, "it has: pi-zero2-512mb, pi5-8gb" in done.stderr) == (2, True)
     done = slmops(project, "lab", "run", "build/tiny", "--network", "5g")
     assert (done.returncode, "not understood" in done.stderr) == (2, True)
+
+
+def _naming(folder: Path) -> list[int]:
+    """Processes whose command line names the folder."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if os.fsencode(folder) in place.read_bytes():
+                found.append(int(place.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_lab_that_is_killed_in_the_middle_leaves_no_process(
+    project: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    keep = tmp_path / "kept"
+    command = [sys.executable, "-m", "slmops.cli.main", "lab", "run", "build/tiny", "--keep", str(keep)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    with subprocess.Popen(
+        command, cwd=project, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as lab:
+        end = time.monotonic() + 120
+        while not list(keep.glob("devices/*/run.json")) and time.monotonic() < end:
+            assert lab.poll() is None
+            time.sleep(0.05)
+        assert len(_naming(keep)) >= 3  # the lab, a control plane, an agent
+        lab.send_signal(number)
+        lab.wait(60)
+    end = time.monotonic() + 60
+    while _naming(keep) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert _naming(keep) == []

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
-from types import FrameType
 
 import click
 import msgspec
@@ -12,6 +10,7 @@ import msgspec
 import slmops
 from slmops.cli.demo.fleets import fleet_for
 from slmops.cli.demo.scenario import DemoOptions, Scenario
+from slmops.cli.local_fleet.processes import end_in_order
 from slmops.cli.output import print_json
 from slmops.core.errors import NotFoundError, UsageError
 
@@ -71,8 +70,7 @@ def demo(
       slmops demo --fast --out summary.json
       slmops demo --fast --runtimes onnxruntime-genai,external
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _as_interrupt)
+    end_in_order()
     if out is not None and not out.parent.is_dir():
         raise UsageError(f"--out {out}: {out.parent} is no folder", hint="make it first, or write elsewhere")
     scenario = Scenario(DemoOptions(project or find_project(), work.resolve(), fast, fleet_for(runtimes)))
@@ -87,13 +85,3 @@ def demo(
             scenario.keep_up()
     finally:
         scenario.close()
-
-
-def _as_interrupt(number: int, frame: FrameType | None) -> None:
-    """A demo that is told to stop, or whose terminal is closed, takes its processes with it.
-
-    Whatever closed the terminal may signal again: the first time decides, the rest must not cut the clean-up short.
-    """
-    for other in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(other, signal.SIG_IGN)
-    raise KeyboardInterrupt

@@ -16,6 +16,7 @@ from slmops.cli.connection import json_option
 from slmops.cli.lab.networks import NETWORKS, parse_network
 from slmops.cli.lab.session import LabOptions, run_lab
 from slmops.cli.local_fleet import containers
+from slmops.cli.local_fleet.processes import end_in_order
 from slmops.cli.output import megabytes, print_json, print_table
 from slmops.core.errors import GateError, UsageError
 
@@ -98,6 +99,7 @@ def run(
         )
     if keep is not None and keep.exists():
         raise UsageError(f"--keep {keep} exists already", hint="give a new folder")
+    end_in_order()
     work = keep or Path(tempfile.mkdtemp(prefix="slmops-lab-"))
     options = LabOptions(
         directory, work, profiles, network, cpu_cores, context_tokens, kv_cache, timeout_s, image

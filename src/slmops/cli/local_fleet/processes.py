@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 import msgspec
 
@@ -17,6 +20,30 @@ from slmops.artifact.digest import UNREADABLE_JSON
 from slmops.core.errors import BusyError, DeadlineError
 
 _STOP_S = 15.0
+_PR_SET_PDEATHSIG = 1
+#: found before any fork: a child between fork and exec only calls it
+_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+
+def end_in_order() -> None:
+    """Let a command that is told to stop, or whose terminal is closed, take its processes with it.
+
+    Whatever closed the terminal may signal again: the first time decides, the rest must not cut the clean-up short.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _as_interrupt)
+
+
+def _as_interrupt(number: int, frame: FrameType | None) -> None:
+    for other in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(other, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _end_with_parent() -> None:
+    """In the child: the kernel tells it to stop when we are killed and can clean up nothing."""
+    if _PRCTL is not None:
+        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def slmops_command(*arguments: str) -> list[str]:
@@ -54,6 +81,10 @@ class Processes:
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                # the kernel means the thread that started it: only the main one lives as long as we do
+                preexec_fn=_end_with_parent  # noqa: PLW1509 - it calls one function that was found before
+                if threading.current_thread() is threading.main_thread()
+                else None,
             )
         self.running[name] = process
         return process
