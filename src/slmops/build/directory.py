@@ -148,12 +148,12 @@ def describe(build: Build) -> dict[str, Any]:
             for v in build.variants
         ],
         "gates": [
-            {"profile": v.profile, **msgspec.to_builtins(finding)}
+            {"profile": v.profile, "runtime": v.runtime.name, **msgspec.to_builtins(finding)}
             for v in build.variants
             for finding in v.findings
         ],
         "warnings": [
-            {"profile": v.profile, **msgspec.to_builtins(warning)}
+            {"profile": v.profile, "runtime": v.runtime.name, **msgspec.to_builtins(warning)}
             for v in build.variants
             for warning in v.warnings
         ],

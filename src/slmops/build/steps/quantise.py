@@ -41,10 +41,9 @@ USES = (
 def make_tensors(context: StepContext) -> dict[str, Any]:
     """Make a part of a variant's tensors ahead; without a memo, nothing. Files and values in: as :func:`write_variant`.
 
-    Params: ``part`` of ``parts``. Value: ``tensors``: how many were made or found, slices of large ones each.
+    Params: ``part`` of ``parts``. Value: ``tensors``: how many are this part's, slices of large ones each; the same with
+    and without a memo, because provenance holds it.
     """
-    if context.memo is None:
-        return {"tensors": 0}
     types: Mapping[str, str] = context.values["choice"]["types"]
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(open_gguf(context.files["model"]))
@@ -59,7 +58,7 @@ def make_tensors(context: StepContext) -> dict[str, Any]:
             for part in quantiser.slices(tensor)
         ]
         mine = shares(tensors, quantiser.shared_input, context.params["parts"])[context.params["part"]]
-        for index, tensor in enumerate(mine):
+        for index, tensor in enumerate(mine if context.memo is not None else ()):
             quantiser.make_slice(tensor, types[tensor.name])
             context.progress((index + 1) / len(mine), tensor.name)
     return {"tensors": len(mine)}

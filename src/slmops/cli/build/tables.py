@@ -26,13 +26,14 @@ def print_build(described: dict[str, Any]) -> None:
     print_weight_steps(described["weight_steps"])
     for gate in described["gates"]:
         click.secho(f"{gate['verdict']:<12} ", fg=_COLOURS.get(gate["verdict"]), nl=False)
-        click.echo(f"{gate.get('profile', '')} {gate['gate']}: {gate['reason']}".strip())
+        of = variant_name(gate.get("profile", ""), gate.get("runtime", ""))
+        click.echo(f"{of} {gate['gate']}: {gate['reason']}".strip())
     for warning in described["warnings"]:
         if warning["light"] != "green":
             click.secho(f"{'warning':<12} ", fg=_LIGHTS[warning["light"]], nl=False)
             sure = "" if warning["sure"] else ", not surely"
             click.echo(
-                f"{warning['profile']} {warning['signal']}: {warning['value']:.4g} is {warning['light']}{sure} "
+                f"{variant_name(warning['profile'], warning.get('runtime', ''))} {warning['signal']}: {warning['value']:.4g} is {warning['light']}{sure} "
                 f"(amber from {warning['amber_from']:g}, red from {warning['red_from']:g}); it stops nothing by itself"
             )
 
@@ -51,6 +52,11 @@ def print_weight_steps(figures: dict[str, dict[str, Any]]) -> None:
         click.echo(f"{name}: {', '.join(shown)}")
 
 
+def variant_name(profile: str, runtime: str) -> str:
+    """A variant as recipes name it: the runtime is only said where it is not llama.cpp."""
+    return profile if runtime in ("", "llama.cpp") else f"{profile}@{runtime}"
+
+
 def print_variants(variants: list[dict[str, Any]]) -> None:
     """The variants' table, as ``build run``, ``build show`` and the demo print it."""
     rows = []
@@ -58,7 +64,7 @@ def print_variants(variants: list[dict[str, Any]]) -> None:
         m = variant["measured"]
         rows.append(
             (
-                variant["profile"],
+                variant_name(variant["profile"], variant["runtime"]["name"]),
                 megabytes(variant["artifact_bytes"]),
                 f"{m['bits_per_weight']:.2f}",
                 f"{m['kld_mean']:.4f}",
@@ -73,8 +79,8 @@ def print_variants(variants: list[dict[str, Any]]) -> None:
             )
         )
     headings = (
-        "profile",
-        "file",
+        "variant",
+        "bytes",
         "bits/w",
         "mean KL",
         "same top",

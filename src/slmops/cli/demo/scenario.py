@@ -20,7 +20,7 @@ import httpx
 
 from slmops.build import describe, load_build, run_build
 from slmops.cli.build.steps import show_steps
-from slmops.cli.build.tables import print_variants
+from slmops.cli.build.tables import print_variants, variant_name
 from slmops.cli.demo.fleets import USUAL, DemoFleet, Member, find_environments, write_external_config
 from slmops.cli.demo.load import LoadClient, eval_commands
 from slmops.cli.demo.outcome import print_summary, summary_of, unexpected
@@ -148,7 +148,8 @@ class Scenario:
                 rate = percent(score["exact_match_ratio"])
                 click.echo(f"exact match on held-out templates, {words}: {rate} of {score['items']}")
         for gate in described["gates"]:
-            click.echo(f"  {gate['verdict']:<12} {gate.get('profile', '')} {gate['gate']}: {gate['reason']}")
+            of = variant_name(gate.get("profile", ""), gate.get("runtime", ""))
+            click.echo(f"  {gate['verdict']:<12} {of} {gate['gate']}: {gate['reason']}")
         again = run_build(
             self.options.project / self.options.fleet.recipe,
             folder,
