@@ -31,9 +31,10 @@ def print_build(described: dict[str, Any]) -> None:
     for warning in described["warnings"]:
         if warning["light"] != "green":
             click.secho(f"{'warning':<12} ", fg=_LIGHTS[warning["light"]], nl=False)
+            of = variant_name(warning["profile"], warning.get("runtime", ""))
             sure = "" if warning["sure"] else ", not surely"
             click.echo(
-                f"{variant_name(warning['profile'], warning.get('runtime', ''))} {warning['signal']}: {warning['value']:.4g} is {warning['light']}{sure} "
+                f"{of} {warning['signal']}: {warning['value']:.4g} is {warning['light']}{sure} "
                 f"(amber from {warning['amber_from']:g}, red from {warning['red_from']:g}); it stops nothing by itself"
             )
 
