@@ -122,20 +122,18 @@ class Cache:
         return False
 
     def work_folder(self) -> Path:
-        """A new empty folder for a running step, on the cache's own file system."""
-        return Path(tempfile.mkdtemp(dir=self.folder / "work"))
+        """A new empty folder for a running step, on the cache's own file system; its name says whose it is from the start."""
+        return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=self.folder / "work"))
 
     def sweep(self) -> None:
         """Remove the work folders of steps that were killed: those whose build is gone."""
         for folder in (self.folder / "work").iterdir():
-            owner = folder / ".pid"
             try:
-                pid = int(owner.read_text(encoding="ascii"))
-                os.kill(pid, 0)
+                os.kill(int(folder.name.partition("-")[0]), 0)
             except ProcessLookupError:
                 shutil.rmtree(folder, ignore_errors=True)
             except (OSError, ValueError):
-                continue  # being made right now, or another user's
+                continue  # another user's
 
     def keep(  # noqa: PLR0913 - the parts of a record
         self,

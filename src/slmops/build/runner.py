@@ -165,7 +165,6 @@ class _Run:
             try:
                 with naming_full_disks(self.cache.folder):
                     folder = self.cache.work_folder()
-                (folder / ".pid").write_text(str(os.getpid()), encoding="ascii")
 
                 def note(ratio: float | None, text: str) -> None:
                     self.events.put(_Happened(step.name, ratio, text))
@@ -324,6 +323,7 @@ def run_steps(
                 run.take(wait=True)
     finally:
         run.stop()
+        cache.sweep()  # a step of a build that was killed may have written a last file while this one began
     return Finished(run.results, tuple(run.ran), time.monotonic() - run.began_s)
 
 

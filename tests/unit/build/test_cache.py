@@ -75,13 +75,13 @@ def test_equal_files_of_two_steps_are_stored_once(tmp_path: Path) -> None:
 def test_sweep_removes_folders_of_dead_steps_only(tmp_path: Path) -> None:
     """A killed step's folder goes; one whose process lives stays."""
     cache = Cache(tmp_path)
-    dead, alive = cache.work_folder(), cache.work_folder()
+    alive = cache.work_folder()
     child = os.fork()
     if child == 0:
+        (cache.work_folder() / "half-written").touch()
         os._exit(0)
     os.waitpid(child, 0)
-    (dead / ".pid").write_text(str(child))
-    (alive / ".pid").write_text(str(os.getpid()))
+    (dead,) = (folder for folder in (tmp_path / "work").iterdir() if folder != alive)
     cache.sweep()
     assert not dead.exists()
     assert alive.exists()
