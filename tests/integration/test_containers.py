@@ -33,6 +33,7 @@ def test_an_agent_in_a_container_serves_within_its_limits(project: Path) -> None
     done = slmops(
         project,
         "lab", "run", "build/tiny", "--profile", "pi5-8gb", "--image", IMAGE, "--out", "container.json", "--json",
+        "--keep", "kept-by-this-test",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (device,) = json.loads(done.stdout)["devices"]
@@ -40,7 +41,7 @@ def test_an_agent_in_a_container_serves_within_its_limits(project: Path) -> None
     assert device["asked"] > 0
     assert IMAGE in device["limits"]["container"]
     left = podman("ps", "--all", "--format", "{{.Names}}").stdout
-    assert "slmops-" not in left
+    assert "kept-by-this-test" not in left  # other tests may have containers of their own now
 
 
 def test_the_memory_limit_is_the_kernels() -> None:
