@@ -62,6 +62,7 @@ def test_the_next_opening() -> None:
         ("0 * * * * +1h", timedelta(0)),
         ("0 3 * * 0 +2h", timedelta(days=7) - timedelta(hours=2)),
         ("0 0 1 * * +1d", timedelta(days=30)),
+        ("0 0 29 2 * +1d", timedelta(days=4 * 365)),
     ],
 )
 def test_the_longest_wait_is_what_a_deadline_must_allow_for(text: str, wait: timedelta) -> None:

@@ -57,10 +57,11 @@ class Window:
         return next((start for start in starts if start > wall), None)
 
     def longest_wait(self) -> timedelta:
-        """Longest time between a closing and the next opening, over a year: what a deadline must allow for."""
+        """Longest time between a closing and the next opening, over five years: what a deadline must allow for."""
         year = date(2028, 1, 1)  # a leap year
+        weekly = len(self.days) == 31 and len(self.months) == 12
         longest, closes = timedelta(0), None
-        for start in self._starts(year, year + timedelta(days=2 * 366)):
+        for start in self._starts(year, year + timedelta(days=15 if weekly else 5 * 366)):
             if closes is not None:
                 longest = max(longest, start - closes)
             closes = max(closes or start, start + self.length)
